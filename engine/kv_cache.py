@@ -1,0 +1,72 @@
+"""The memory of the paged KV cache: how many blocks there is room for, and the blocks."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ..model.config import ModelConfig
+from ..model.qwen2 import LayerCache, Qwen2
+from ..model.sampler import Sampler
+from ..model.sampling_params import SamplingParams
+from .config import EngineConfig
+from .model_runner import ModelRunner
+from .scheduler import Batch, Chunk
+from .sequence import Sequence
+
+CPU_MEMORY_SHARE = 0.5
+"""Of the free memory, for the cache on a CPU, which other programs share; untouched pages of it cost nothing."""
+
+
+def allocate_cache(
+    config: ModelConfig, num_layers: int, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> list[LayerCache]:
+    """Keys and values of each layer, [blocks, block_size, kv_heads, head_dim].
+
+    They are not initialised: only what was written is ever read.
+    """
+    shape = (num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+    return [(k, v) for k, v in torch.empty(shape, dtype=dtype, device=device)]
+
+
+def num_blocks_that_fit(model: Qwen2, sampler: Sampler, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Blocks for `max_batch_size` texts of the model's `max_length`, or as many as there is memory for.
+
+    On a GPU that is what `gpu_memory_utilization` leaves after the weights and the activations of the largest step,
+    which is run once to see. ValueError where not one block fits.
+    """
+    device = model.embedding.device
+    block_bytes = config.block_size * model.config.kv_bytes_per_token(dtype)
+    wanted = config.max_batch_size * -(-model.max_length // config.block_size)
+    if device.type == "cpu":
+        room = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE)
+    else:
+        activations = _activations_of_largest_step(model, sampler, config, dtype)
+        free, total = torch.cuda.mem_get_info(device)
+        room = int(total * config.gpu_memory_utilization) - (total - free) - activations
+    if room < block_bytes:
+        raise ValueError(
+            f"no room for the KV cache: a block of {config.block_size} tokens takes {block_bytes / 2**20:.1f} MiB, and "
+            f"{max(room, 0) / 2**20:.1f} MiB are left; free some memory, raise gpu_memory_utilization "
+            f"({config.gpu_memory_utilization}), or lower max_prefill_tokens or max_batch_size"
+        )
+    return min(wanted, room // block_bytes)
+
+
+def _activations_of_largest_step(model: Qwen2, sampler: Sampler, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Peak bytes in a step of max_prefill_tokens prompt tokens and in one of max_batch_size draws."""
+    device = model.embedding.device
+    tokens = min(config.max_prefill_tokens, model.max_length)
+    blocks = -(-tokens // config.block_size)
+    layer = allocate_cache(model.config, 1, blocks, config.block_size, dtype, device)
+    seq = Sequence(0, [0] * tokens, SamplingParams(temperature=1.0, top_p=0.9), max_length=model.max_length)
+    seq.block_table = list(range(blocks))
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    ModelRunner(model, sampler, layer * model.config.num_layers).run(Batch([Chunk(seq, 0, tokens)], [], [seq]))
+    sampler(torch.randn(config.max_batch_size, model.config.vocab_size, device=device), [seq] * config.max_batch_size)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del layer
+    torch.cuda.empty_cache()
+    return peak

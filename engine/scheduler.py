@@ -1,0 +1,243 @@
+"""Which tokens are computed in the next step: continuous batching over a paged cache, as decisions without a device."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+
+from .cache_manager import KVCacheManager
+from .policy import Policy
+from .sequence import Sequence, Status
+from .waiting_queue import WaitingQueue
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start … start + length − 1 of a prompt (or of a preempted sequence), to be computed in one step."""
+
+    seq: Sequence
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: prompt chunks to prefill and sequences to decode by one token.
+
+    sampled: the sequences that get a token from this step, those whose last chunk this is and then the decodes
+    """
+
+    chunks: list[Chunk]
+    decodes: list[Sequence]
+    sampled: list[Sequence]
+
+    def __bool__(self) -> bool:
+        return bool(self.chunks or self.decodes)
+
+
+class Scheduler:
+    """Chooses batches and keeps the books. It has no clock: `now`, in seconds, is an argument and never runs backwards.
+
+    cache:               the block allocator
+    policy:              the order of admission and the alignment of decode batches
+    max_batch_size:      sequences that run at once
+    max_prefill_tokens:  prompt tokens computed in one step; a longer prompt takes several, with decodes in each
+    age_bound:           seconds; a request older than this is aged, and in no step is anything that arrived later
+                         admitted or computed unless the aged request is computed too
+    """
+
+    def __init__(
+        self, cache: KVCacheManager, policy: Policy, *, max_batch_size: int, max_prefill_tokens: int, age_bound: float
+    ):
+        self.cache = cache
+        self.policy = policy
+        self.max_batch_size = max_batch_size
+        self.max_prefill_tokens = max_prefill_tokens
+        self.age_bound = age_bound
+        self.waiting = WaitingQueue(policy)
+        self.running: list[Sequence] = []  # by arrival
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+
+    # --- the requests ---
+
+    def check(self, seq: Sequence) -> None:
+        """ValueError where the cache can never hold the request."""
+        # The last token is returned and never computed, so it needs no place.
+        needed = self.cache.blocks_for(seq.max_length - 1)
+        if needed > self.cache.num_blocks:
+            raise ValueError(
+                f"a prompt of {seq.num_prompt} tokens and {seq.max_length - seq.num_prompt} more need {needed} blocks "
+                f"of {self.cache.block_size} tokens, and the cache has {self.cache.num_blocks}"
+            )
+
+    def add(self, seq: Sequence) -> None:
+        """Takes a request in that `check` passes. Ids rise in the order of arrival."""
+        self.check(seq)
+        self.waiting.push(seq)
+
+    def finish(self, seq: Sequence, reason: str) -> None:
+        """Ends a request in whatever state it is; its blocks are free at once."""
+        if seq.status is Status.RUNNING:
+            self.running.remove(seq)
+            self.cache.free(seq.id)
+        elif seq.status is Status.WAITING:
+            self.waiting.remove(seq)
+        seq.status, seq.finish_reason = Status.FINISHED, reason
+
+    def preempt(self, seq: Sequence) -> None:
+        """Takes a running sequence's blocks; it waits again, and what it had computed is computed anew."""
+        self.running.remove(seq)
+        self.cache.free(seq.id)
+        seq.status, seq.num_computed = Status.WAITING, 0
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.push(seq)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or len(self.waiting))
+
+    # --- a step ---
+
+    def schedule(self, now: float) -> Batch:
+        """The next step. Every sequence in it has blocks for all its tokens."""
+        horizon = now - self.age_bound
+        preemptions = self.num_preemptions
+        decodes = self._aligned_decodes(horizon)
+        self._make_room(decodes)
+        chunks, held_back = self._prefill_aged(horizon)
+        if held_back is not None:
+            decodes = [seq for seq in decodes if seq.id < held_back]
+        elif self.num_preemptions == preemptions:
+            self._prefill_by_policy(chunks, horizon)
+        if self.num_preemptions > preemptions:
+            decodes = [seq for seq in decodes if seq.status is Status.RUNNING]
+        last = [chunk.seq for chunk in chunks if chunk.end == len(chunk.seq.token_ids)]
+        return Batch(chunks, decodes, last + decodes)
+
+    def update(self, batch: Batch, tokens: list[int]) -> None:
+        """Enters a step's tokens, one for each of `batch.sampled`; −1 says that its logits were not numbers.
+
+        Sequences that ended meanwhile are passed over. Those that end by a token or by their length end here.
+        """
+        cache, block_size = self.cache, self.cache.block_size
+        for chunk in batch.chunks:
+            seq = chunk.seq
+            if seq.status is Status.RUNNING:
+                seq.num_computed = chunk.end
+                cache.commit(seq.id, seq.token_ids, chunk.end)
+        running = Status.RUNNING
+        for seq in batch.decodes:
+            if seq.status is running:
+                seq.num_computed = computed = len(seq.token_ids)
+                if computed % block_size == 0:
+                    cache.commit(seq.id, seq.token_ids, computed)
+        for seq, token in zip(batch.sampled, tokens, strict=True):
+            if seq.status is not running:
+                continue
+            if token < 0:
+                self.finish(seq, "error")
+                continue
+            seq.token_ids.append(token)
+            if token in seq.stop_token_ids:
+                self.finish(seq, "stop")
+            elif len(seq.token_ids) >= seq.max_length:
+                self.finish(seq, "length")
+
+    # --- its own steps ---
+
+    def _aligned_decodes(self, horizon: float) -> list[Sequence]:
+        """The sequences with one token to compute: all, or those aligned with the shortest and those that are aged."""
+        decodes = [seq for seq in self.running if len(seq.token_ids) - seq.num_computed == 1]
+        if self.policy.window is None or not decodes:
+            return decodes
+        longest = min(len(seq.token_ids) for seq in decodes) + self.policy.window
+        return [seq for seq in decodes if len(seq.token_ids) <= longest or seq.arrival_time <= horizon]
+
+    def _make_room(self, decodes: list[Sequence]) -> None:
+        """A place in the cache for each sequence's token, the oldest first, taken from the newest if need be."""
+        append = self.cache.append
+        for seq in decodes:
+            while seq.status is Status.RUNNING and not append(seq.id, len(seq.token_ids)):
+                self.preempt(self.running[-1])
+
+    def _prefill_aged(self, horizon: float) -> tuple[list[Chunk], int | None]:
+        """Chunks of aged requests in order of arrival, later arrivals preempted where they are in the way.
+
+        → the chunks, and the id of the first aged request that gets nothing: none that came after it may be served
+        """
+        chunks, budget = [], self.max_prefill_tokens
+        for seq in self._aged_unprefilled(horizon):
+            if budget == 0 or (seq.status is Status.WAITING and not self._admit_over_later(seq)):
+                return chunks, seq.id
+            budget -= self._add_chunk(chunks, seq, budget)
+        return chunks, None
+
+    def _aged_unprefilled(self, horizon: float) -> Iterator[Sequence]:
+        """Aged requests with more than a token to compute, by arrival; the caller may admit and preempt meanwhile."""
+        begun = deque(s for s in self.running if s.arrival_time <= horizon and s.num_uncomputed > 1)
+        while True:
+            while begun and begun[0].status is not Status.RUNNING:
+                begun.popleft()
+            oldest = self.waiting.oldest()
+            if oldest is not None and oldest.arrival_time > horizon:
+                oldest = None
+            if begun and (oldest is None or begun[0].id < oldest.id):
+                yield begun.popleft()
+            elif oldest is not None:
+                yield oldest
+            else:
+                return
+
+    def _admit_over_later(self, seq: Sequence) -> bool:
+        while len(self.running) >= self.max_batch_size or not self._admit(seq, leave_free=0):
+            if not self.running or self.running[-1].id < seq.id:
+                return False
+            self.preempt(self.running[-1])
+        return True
+
+    def _prefill_by_policy(self, chunks: list[Chunk], horizon: float) -> None:
+        """Chunks of what is begun, then of what the policy admits, as far as the budget goes."""
+        budget = self.max_prefill_tokens - sum(chunk.length for chunk in chunks)
+        begun = [s for s in self.running if s.arrival_time > horizon and s.num_uncomputed > 1]
+        for seq in sorted(begun, key=self.policy.order):
+            if budget:
+                budget -= self._add_chunk(chunks, seq, budget)
+        while budget and len(self.running) < self.max_batch_size:
+            seq = self.waiting.best()
+            # A free block for each that runs: without it an admission is soon undone by a preemption.
+            if seq is None or not self._admit(seq, leave_free=len(self.running)):
+                break
+            budget -= self._add_chunk(chunks, seq, budget)
+
+    def _admit(self, seq: Sequence, *, leave_free: int) -> bool:
+        reuse = (
+            seq.params.prompt_logprobs is None
+        )  # a prompt's log-probabilities need its logits, so all of it is computed
+        cached = self.cache.alloc(seq.id, seq.token_ids, reuse=reuse, leave_free=leave_free)
+        if cached is None:
+            return False
+        self.waiting.remove(seq)
+        seq.status, seq.num_computed = Status.RUNNING, cached
+        seq.block_table = self.cache.block_table(seq.id)
+        insort(self.running, seq, key=attrgetter("id"))
+        if seq.num_cached is None:
+            seq.num_cached = cached
+            self.num_prompt_tokens += seq.num_prompt
+            self.num_cached_tokens += cached
+        return True
+
+    @staticmethod
+    def _add_chunk(chunks: list[Chunk], seq: Sequence, budget: int) -> int:
+        length = min(seq.num_uncomputed, budget)
+        chunks.append(Chunk(seq, seq.num_computed, length))
+        return length

@@ -1,0 +1,94 @@
+"""A request as the scheduler sees it: token ids, how many of them are in the cache, and how it ends."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from ..model.sampling_params import SamplingParams
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Prompt and output tokens of one request.
+
+    id:             its place in the order of arrival
+    token_ids:      the prompt, then what has been generated
+    num_computed:   the first so many tokens have their keys and values in the cache
+    max_length:     tokens, prompt included, at which it ends
+    num_cached:     tokens that were found in the prefix cache when it was first admitted, None before
+    block_table:    its blocks of the cache, in order, while it runs
+    seed:           what its draws are a function of, together with the draw's number
+    finish_reason:  "stop", "length", "abort" or "error", None before the end
+    """
+
+    __slots__ = (
+        "arrival_time",
+        "block_table",
+        "finish_reason",
+        "id",
+        "logprobs",
+        "max_length",
+        "num_cached",
+        "num_computed",
+        "num_preemptions",
+        "num_prompt",
+        "params",
+        "prompt_logprobs",
+        "seed",
+        "status",
+        "stop_token_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        id: int,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        max_length: int,
+        seed: int = 0,
+        stop_token_ids: frozenset[int] = frozenset(),
+        arrival_time: float = 0.0,
+    ):
+        self.id = id
+        self.token_ids = list(prompt_ids)
+        self.num_prompt = len(prompt_ids)
+        self.params = params
+        self.max_length = max_length
+        self.seed = seed
+        self.stop_token_ids = stop_token_ids
+        self.arrival_time = arrival_time
+        self.status = Status.WAITING
+        self.finish_reason: str | None = None
+        self.num_computed = 0
+        self.num_cached: int | None = None
+        self.num_preemptions = 0
+        self.block_table: list[int] = []
+        self.logprobs: list = []
+        self.prompt_logprobs: list = []
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def work_left(self) -> int:
+        """Tokens still to be computed if it runs to its maximum: prompt left + max_tokens − generated."""
+        return self.max_length - self.num_computed
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.id}, {self.status.value}, {self.num_prompt}+{self.num_generated} tokens)"

@@ -1,0 +1,82 @@
+"""Which implementation of each operator an engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+
+from . import linear, paged_attention, prefill_attention, rms_norm, rotary, sampling, store_kv, swiglu
+from .op import Op
+
+OPS: Mapping[str, Op] = MappingProxyType(
+    {
+        op.name: op
+        for op in (
+            rms_norm.OP,
+            rms_norm.ADD_OP,
+            linear.OP,
+            rotary.OP,
+            store_kv.OP,
+            paged_attention.OP,
+            prefill_attention.OP,
+            swiglu.OP,
+            sampling.OP,
+        )
+    }
+)
+
+
+class KernelSet:
+    """One implementation for each operator; `kernels.rms_norm(x, weight, eps)` calls the chosen one.
+
+    It cannot change: a captured CUDA graph would ignore a later swap. `replace` makes another.
+    """
+
+    def __init__(self, chosen: Mapping[str, tuple[str, Callable]]):
+        assert chosen.keys() == OPS.keys()
+        for name, (_, function) in chosen.items():
+            object.__setattr__(self, name, function)
+        object.__setattr__(self, "names", MappingProxyType({op: name for op, (name, _) in chosen.items()}))
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"a KernelSet cannot change; use kernels.replace({name}=...)")
+
+    @classmethod
+    def default(cls, device: str | torch.device | None = None) -> KernelSet:
+        """The preferred implementation of each operator that runs on `device` (default: the GPU if there is one)."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        names = {op.name: op.default(device) for op in OPS.values()}
+        return cls({op: (name, OPS[op].choose(name)) for op, name in names.items()})
+
+    @classmethod
+    def reference(cls) -> KernelSet:
+        """The plain PyTorch reference of every operator."""
+        return cls({op.name: ("reference", op.reference) for op in OPS.values()})
+
+    def replace(self, **swaps: str | Callable) -> KernelSet:
+        """A KernelSet with some operators swapped, each for an implementation's name or for any callable.
+
+        ValueError for an operator or an implementation that does not exist.
+        """
+        chosen = {op: (name, getattr(self, op)) for op, name in self.names.items()}
+        for op, swap in swaps.items():
+            if op not in OPS:
+                raise ValueError(f"there is no operator {op!r}; there are: {', '.join(OPS)}")
+            if isinstance(swap, str):
+                chosen[op] = (swap, OPS[op].choose(swap))
+            elif callable(swap):
+                chosen[op] = (getattr(swap, "__qualname__", repr(swap)), swap)
+            else:
+                raise ValueError(f"{op}={swap!r} is neither an implementation's name nor a callable")
+        return KernelSet(chosen)
+
+    def __str__(self) -> str:
+        by_name: dict[str, list[str]] = {}
+        for op, name in self.names.items():
+            by_name.setdefault(name, []).append(op)
+        return "; ".join(f"{name}: {', '.join(ops)}" for name, ops in by_name.items())
+
+    def __repr__(self) -> str:
+        return f"KernelSet({self})"

@@ -1,0 +1,134 @@
+"""The decoder of Qwen2, and of Qwen3 and Llama, which differ from it in a bias and a norm (see ModelConfig)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..kernels.kernel_set import KernelSet
+from .attention_metadata import AttentionMetadata
+from .config import ModelConfig
+
+LayerCache = tuple[torch.Tensor, torch.Tensor]
+"""A layer's keys and values: two of [blocks, block_size, kv_heads, head_dim]."""
+
+
+def _weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape), requires_grad=False)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, kernels: KernelSet):
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        width = config.head_dim * (config.num_heads + 2 * config.num_kv_heads)
+        self.qkv_weight = _weight(width, config.hidden_size)
+        self.qkv_bias = _weight(width) if config.qkv_bias else None
+        self.q_norm = _weight(config.head_dim) if config.qk_norm else None
+        self.k_norm = _weight(config.head_dim) if config.qk_norm else None
+        self.o_weight = _weight(config.hidden_size, config.head_dim * config.num_heads)
+        self.scale = config.head_dim**-0.5
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: LayerCache, where: AttentionMetadata
+    ) -> torch.Tensor:
+        config, kernels = self.config, self.kernels
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        qkv = kernels.linear(x, self.qkv_weight, self.qkv_bias).view(-1, heads + 2 * kv_heads, config.head_dim)
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        if config.qk_norm:
+            q = kernels.rms_norm(q, self.q_norm, config.rms_norm_eps)
+            k = kernels.rms_norm(k, self.k_norm, config.rms_norm_eps)
+        q, k = kernels.rotary(q, k, cos, sin, where.positions)
+        k_cache, v_cache = cache
+        kernels.store_kv(k, v, k_cache, v_cache, where.slot_mapping)
+        if where.is_decode:
+            out = kernels.paged_attention(q, k_cache, v_cache, where.block_table, where.context_lens, self.scale)
+        else:
+            out = kernels.prefill_attention(
+                q,
+                k_cache,
+                v_cache,
+                where.block_table,
+                where.query_start,
+                where.context_lens,
+                where.max_query_len,
+                where.max_context_len,
+                self.scale,
+            )
+        return kernels.linear(out.flatten(1), self.o_weight)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, kernels: KernelSet):
+        super().__init__()
+        self.kernels = kernels
+        self.gate_up_weight = _weight(2 * config.intermediate_size, config.hidden_size)
+        self.down_weight = _weight(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate_up = self.kernels.linear(x, self.gate_up_weight)
+        return self.kernels.linear(self.kernels.swiglu(gate_up), self.down_weight)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, kernels: KernelSet):
+        super().__init__()
+        self.eps, self.kernels = config.rms_norm_eps, kernels
+        self.attention_norm = _weight(config.hidden_size)
+        self.attention = Attention(config, kernels)
+        self.mlp_norm = _weight(config.hidden_size)
+        self.mlp = MLP(config, kernels)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: LayerCache,
+        where: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x is what the layer before adds to the residual stream, None for the stream meaning that x begins it."""
+        if residual is None:
+            x, residual = self.kernels.rms_norm(x, self.attention_norm, self.eps), x
+        else:
+            x, residual = self.kernels.add_rms_norm(x, residual, self.attention_norm, self.eps)
+        x = self.attention(x, cos, sin, cache, where)
+        x, residual = self.kernels.add_rms_norm(x, residual, self.mlp_norm, self.eps)
+        return self.mlp(x), residual
+
+
+class Qwen2(nn.Module):
+    """Token ids to hidden states to logits. Weights are uninitialised until the loader fills them.
+
+    max_length: positions the rotary table holds.
+    """
+
+    def __init__(self, config: ModelConfig, kernels: KernelSet, max_length: int):
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        self.embedding = _weight(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, kernels) for _ in range(config.num_layers))
+        self.norm = _weight(config.hidden_size)
+        self.head = self.embedding if config.tied_head else _weight(config.vocab_size, config.hidden_size)
+        self.max_length = max_length
+
+    def make_rotary_table(self) -> None:
+        """Fills the rotary table on the weights' device, which a model built on the meta device gets later."""
+        self.cos, self.sin = self.config.rope.table(self.config.head_dim, self.max_length, self.embedding.device)
+
+    def forward(self, token_ids: torch.Tensor, cache: list[LayerCache], where: AttentionMetadata) -> torch.Tensor:
+        """The final hidden state of each token; its keys and values go into the cache on the way.
+
+        token_ids [tokens] int64, one cache a layer → [tokens, hidden]
+        """
+        x, residual = F.embedding(token_ids, self.embedding), None
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x, residual = layer(x, residual, self.cos, self.sin, layer_cache, where)
+        return self.kernels.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [rows, hidden] → [rows, vocab] float32"""
+        return self.kernels.linear(hidden, self.head).float()

@@ -1,0 +1,115 @@
+"""How a request's tokens are chosen and when it ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+MAX_LOGPROBS = 100
+"""Log-probabilities that one token can report: more would be a sort of the vocabulary in disguise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Validated when made; a ValueError names the field, the value and what is allowed.
+
+    max_tokens:          tokens to generate at most; fewer where the model's longest text ends
+    temperature:         0 takes the likeliest token, 1 draws from the model's own distribution
+    top_k:               draw among the k likeliest; 0 is off
+    top_p:               draw among the fewest likeliest whose probability reaches p; 1 is off
+    min_p:               draw among those at least min_p times as likely as the likeliest; 0 is off
+    repetition_penalty:  divides positive and multiplies negative logits of tokens seen so far (arXiv:1909.05858)
+    presence_penalty, frequency_penalty:  taken from the logit of a token in the output, once and once an occurrence
+    logit_bias:          {token id: what is added to its logit}
+    seed:                with it, token i is a function of the logits, the seed and i alone; None takes a fresh one
+    min_tokens:          the request does not stop before so many tokens
+    stop:                a string or several that end the text, which is shown up to there
+    stop_token_ids:      tokens that end the text besides the model's end-of-sequence; neither is shown
+    ignore_eos:          go on after the model's end-of-sequence
+    logprobs:            report the sampled token's log-probability and the n likeliest; None is off
+    prompt_logprobs:     the same for the prompt's tokens
+    Log-probabilities are those of the model, before penalties, bias and temperature.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    min_tokens: int = 0
+    stop: str | tuple[str, ...] | list[str] = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self):
+        _integer("max_tokens", self.max_tokens, 1)
+        _number("temperature", self.temperature, 0.0, math.inf)
+        _integer("top_k", self.top_k, 0)
+        _number("top_p", self.top_p, 0.0, 1.0, open_below=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_below=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias={self.logit_bias!r} must map token ids to numbers")
+        for token, bias in self.logit_bias.items():
+            _integer("a token id of logit_bias", token, 0)
+            _number(f"logit_bias[{token}]", bias, -100.0, 100.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop={self.stop!r} must be a string or several, none of them empty")
+        object.__setattr__(self, "stop", tuple(stop))
+        if not isinstance(self.stop_token_ids, (tuple, list)):
+            raise ValueError(f"stop_token_ids={self.stop_token_ids!r} must be a list of token ids")
+        for token in self.stop_token_ids:
+            _integer("a token of stop_token_ids", token, 0)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos={self.ignore_eos!r} must be True or False")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+
+    @classmethod
+    def of(cls, **options: Any) -> SamplingParams:
+        """SamplingParams(**options), where an unknown option is a ValueError that lists the known ones."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"unknown option {name}={options[name]!r}; the options are {', '.join(known)}")
+        return cls(**options)
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """ValueError where a token id lies outside the vocabulary."""
+        for name in ("logit_bias", "stop_token_ids"):
+            for token in getattr(self, name):
+                if token >= vocab_size:
+                    raise ValueError(f"token id {token} of {name} must be under the vocabulary's size, {vocab_size}")
+
+
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    inside = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    if not inside:
+        allowed = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+        raise ValueError(f"{name}={value!r} must be {allowed}")
+
+
+def _number(name: str, value: Any, low: float, high: float, open_below: bool = False) -> None:
+    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not finite or value < low or value > high or (open_below and value == low):
+        above = f"{'over' if open_below else 'at least'} {low:g}"
+        raise ValueError(
+            f"{name}={value!r} must be a number {above}{'' if high == math.inf else f' and at most {high:g}'}"
+        )
