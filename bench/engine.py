@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 from microvllm import InferenceEngine
-from microvllm.model.checkpoint import resolve
+from microvllm.engine.config import DTYPES
+from microvllm.model.checkpoint import LOAD_FORMATS, resolve
 
 from .record import save, table
 
@@ -22,10 +23,13 @@ class Engine(Protocol):
 
 
 class Ours:
-    def __init__(self, model: str, dtype: str):
+    def __init__(self, model: str, dtype: str, load_format: str):
         # Every turn must compute its prompts: a cached prefix would be a win of another kind.
-        self.engine = InferenceEngine(model, max_batch_size=256, dtype=dtype, enable_prefix_caching=False)
+        self.engine = InferenceEngine(
+            model, max_batch_size=256, dtype=dtype, load_format=load_format, enable_prefix_caching=False
+        )
         self.vocab_size = self.engine.model_config.vocab_size
+        self.dtype = self.engine.runner.model.embedding.dtype
         self.kernels = str(self.engine.kernels)
 
     def seconds(self, prompts: list[list[int]], tokens: int) -> float:
@@ -35,16 +39,14 @@ class Ours:
 
 
 class Transformers:
-    def __init__(self, model: str, dtype: str):
+    def __init__(self, model: str, dtype: torch.dtype):
         from transformers import AutoModelForCausalLM
 
         path = resolve(model)
         place = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
         folder = path.parent if place else path
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **place).to(device).eval()
-        )
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **place).to(device).eval()
 
     def seconds(self, prompts: list[list[int]], tokens: int) -> float:
         longest = max(map(len, prompts))
@@ -72,17 +74,21 @@ def measure(engine: Engine, prompts: list[list[int]], tokens: int) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2", help="a folder, a .gguf file, a known name or a hub name")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--load-format", default="auto", choices=LOAD_FORMATS, help="dummy: random weights, no peer")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="default: what the engine takes")
     parser.add_argument("--peer", choices=PEERS, help="measured in the same run, in turns A B A B")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8], help="batch sizes")
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens of each request")
     parser.add_argument("--tokens", type=int, default=64, help="tokens each request generates")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each engine; medians are shown")
     options = parser.parse_args()
+    if options.peer and options.load_format == "dummy":
+        parser.error("random weights would differ between the engines: --load-format dummy takes no --peer")
 
-    engines: dict[str, Engine] = {"micro-vllm": (ours := Ours(options.model, options.dtype))}
+    ours = Ours(options.model, options.dtype, options.load_format)
+    engines: dict[str, Engine] = {"micro-vllm": ours}
     if options.peer:
-        engines[options.peer] = PEERS[options.peer](options.model, options.dtype)
+        engines[options.peer] = PEERS[options.peer](options.model, ours.dtype)
     rng = random.Random(0)
     rows = []
     for requests in options.requests:

@@ -113,14 +113,18 @@ class Scheduler:
         horizon = now - self.age_bound
         preemptions = self.num_preemptions
         decodes = self._aligned_decodes(horizon)
-        self._make_room(decodes)
+        while not self._make_room(decodes):
+            decodes = self._aligned_decodes(horizon)
         chunks, held_back = self._prefill_aged(horizon)
         if held_back is not None:
             decodes = [seq for seq in decodes if seq.id < held_back]
-        elif self.num_preemptions == preemptions:
-            self._prefill_by_policy(chunks, horizon)
+        else:
+            # What has just been preempted must not take back the blocks that it was preempted for.
+            self._prefill_by_policy(chunks, horizon, admit=self.num_preemptions == preemptions)
         if self.num_preemptions > preemptions:
-            decodes = [seq for seq in decodes if seq.status is Status.RUNNING]
+            # A preempted sequence may be back already, with a chunk: what it shares with others costs it no block.
+            prefilled = {chunk.seq for chunk in chunks}
+            decodes = [seq for seq in decodes if seq.status is Status.RUNNING and seq not in prefilled]
         last = [chunk.seq for chunk in chunks if chunk.end == len(chunk.seq.token_ids)]
         return Batch(chunks, decodes, last + decodes)
 
@@ -163,12 +167,14 @@ class Scheduler:
         longest = min(len(seq.token_ids) for seq in decodes) + self.policy.window
         return [seq for seq in decodes if len(seq.token_ids) <= longest or seq.arrival_time <= horizon]
 
-    def _make_room(self, decodes: list[Sequence]) -> None:
-        """A place in the cache for each sequence's token, the oldest first, taken from the newest if need be."""
+    def _make_room(self, decodes: list[Sequence]) -> bool:
+        """A place in the cache for each sequence's token, oldest first; False where the newest had to be preempted."""
         append = self.cache.append
         for seq in decodes:
-            while seq.status is Status.RUNNING and not append(seq.id, len(seq.token_ids)):
+            if not append(seq.id, len(seq.token_ids)):
                 self.preempt(self.running[-1])
+                return False
+        return True
 
     def _prefill_aged(self, horizon: float) -> tuple[list[Chunk], int | None]:
         """Chunks of aged requests in order of arrival, later arrivals preempted where they are in the way.
@@ -205,14 +211,14 @@ class Scheduler:
             self.preempt(self.running[-1])
         return True
 
-    def _prefill_by_policy(self, chunks: list[Chunk], horizon: float) -> None:
-        """Chunks of what is begun, then of what the policy admits, as far as the budget goes."""
+    def _prefill_by_policy(self, chunks: list[Chunk], horizon: float, *, admit: bool) -> None:
+        """Chunks of what is begun, then, if asked to, of what the policy admits, as far as the budget goes."""
         budget = self.max_prefill_tokens - sum(chunk.length for chunk in chunks)
         begun = [s for s in self.running if s.arrival_time > horizon and s.num_uncomputed > 1]
         for seq in sorted(begun, key=self.policy.order):
             if budget:
                 budget -= self._add_chunk(chunks, seq, budget)
-        while budget and len(self.running) < self.max_batch_size:
+        while admit and budget and len(self.running) < self.max_batch_size:
             seq = self.waiting.best()
             # A free block for each that runs: without it an admission is soon undone by a preemption.
             if seq is None or not self._admit(seq, leave_free=len(self.running)):

@@ -147,12 +147,11 @@ def _rope_from_hf(config: Mapping[str, Any], max_position: int) -> tuple[RopeCon
     if scaling == "linear":
         return RopeConfig(theta, "linear", factor), max_position
     original = int(rope.get("original_max_position_embeddings") or max_position)
-    max_length = max(max_position, int(original * factor))
     if scaling == "llama3":
         low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
         if low >= high:
             raise ValueError(f"RoPE's low_freq_factor {low} must be under its high_freq_factor {high}")
-        return RopeConfig(theta, "llama3", factor, original, low, high), max_length
+        return RopeConfig(theta, "llama3", factor, original, low, high), max_position
     yarn = RopeConfig(
         theta,
         "yarn",
@@ -163,7 +162,8 @@ def _rope_from_hf(config: Mapping[str, Any], max_position: int) -> tuple[RopeCon
         truncate=bool(rope.get("truncate", True)),
         attention_factor=_yarn_attention_factor(rope, factor),
     )
-    return yarn, max_length
+    # Qwen's configs keep the length before the stretch in max_position_embeddings, others the one after it.
+    return yarn, max(max_position, int(original * factor))
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:

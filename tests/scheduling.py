@@ -1,0 +1,180 @@
+"""What the tests of scheduling share: a scheduler driven without a model, and a record of what the cache would hold."""
+
+import math
+import os
+from collections.abc import Callable
+
+from hypothesis import settings
+from microvllm.engine.cache_manager import KVCacheManager
+from microvllm.engine.policy import make_policy
+from microvllm.engine.scheduler import Batch, Scheduler
+from microvllm.engine.sequence import Sequence, Status
+from microvllm.model.sampling_params import SamplingParams
+
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+"""Many thousands of examples:   HYPOTHESIS_PROFILE=thorough pytest tests"""
+
+
+def examples(quick: int, thorough: int, steps: int = 50) -> settings:
+    return settings(deadline=None, max_examples=thorough if THOROUGH else quick, stateful_step_count=steps)
+
+
+class CacheContents:
+    """For each slot of the cache the text whose last token was computed into it: keys depend on all tokens before."""
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+        self.texts: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def slot(self, table: list[int], position: int) -> tuple[int, int]:
+        return table[position // self.block_size], position % self.block_size
+
+    def write(self, table: list[int], token_ids: list[int], start: int, end: int) -> None:
+        for i in range(start, end):
+            self.texts[self.slot(table, i)] = tuple(token_ids[: i + 1])
+
+    def hold(self, table: list[int], token_ids: list[int], num_computed: int) -> bool:
+        """Whether attention over the first `num_computed` tokens would read this very text."""
+        return all(self.texts.get(self.slot(table, i)) == tuple(token_ids[: i + 1]) for i in range(num_computed))
+
+
+class Simulation:
+    """Serves requests without a model and checks in every step what the scheduler promises."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        policy: str = "fcfs",
+        window: int | None = None,
+        max_batch_size: int = 8,
+        max_prefill_tokens: int = 1 << 30,
+        age_bound: float = math.inf,
+        prefix_caching: bool = True,
+        hash_function: Callable[[tuple], int] = hash,
+    ):
+        self.cache = KVCacheManager(num_blocks, block_size, prefix_caching=prefix_caching, hash_function=hash_function)
+        self.scheduler = Scheduler(
+            self.cache,
+            make_policy(policy, window),
+            max_batch_size=max_batch_size,
+            max_prefill_tokens=max_prefill_tokens,
+            age_bound=age_bound,
+        )
+        self.contents = CacheContents(block_size)
+        self.requests: list[Sequence] = []
+        self.now = 0.0
+
+    def add(self, prompt: list[int], max_tokens: int = 4, *, stop: tuple[int, ...] = (), **options) -> Sequence:
+        seq = Sequence(
+            len(self.requests),
+            prompt,
+            SamplingParams(max_tokens=max_tokens, **options),
+            max_length=len(prompt) + max_tokens,
+            stop_token_ids=frozenset(stop),
+            arrival_time=self.now,
+        )
+        self.scheduler.add(seq)
+        self.requests.append(seq)
+        return seq
+
+    @property
+    def unfinished(self) -> list[Sequence]:
+        return [seq for seq in self.requests if seq.status is not Status.FINISHED]
+
+    def step(self, meanwhile: Callable[[], None] = lambda: None, fails: Callable[[], bool] = lambda: False) -> Batch:
+        """meanwhile: what happens while the device computes; fails: whether a sequence's logits are not numbers."""
+        before = {seq: seq.num_preemptions for seq in self.scheduler.running}
+        batch = self.scheduler.schedule(self.now)
+        self._check_victims(before)
+        self._check_batch(batch)
+        for seq, start, end in _spans(batch):
+            assert self.contents.hold(seq.block_table, seq.token_ids, start), f"{seq} would read another text"
+            self.contents.write(seq.block_table, seq.token_ids, start, end)
+        for seq, _, end in _spans(batch):
+            assert self.contents.hold(seq.block_table, seq.token_ids, end), f"{seq} was overwritten in the same step"
+        meanwhile()
+        self.scheduler.update(batch, [-1 if fails() else next_token(seq.token_ids) for seq in batch.sampled])
+        self.check_books()
+        return batch
+
+    def run(self, max_steps: int, seconds_a_step: float = 0.0) -> int:
+        """Serves all there is → steps."""
+        steps = 0
+        while self.scheduler.has_work:
+            assert steps < max_steps, f"after {steps} steps these have not ended: {self.unfinished}"
+            self.step()
+            self.now += seconds_a_step
+            steps += 1
+        return steps
+
+    def check_at_rest(self) -> None:
+        assert not self.scheduler.running and not len(self.scheduler.waiting) and not self.unfinished
+        assert self.cache.num_available == self.cache.num_blocks and self.cache.num_used == 0
+        assert self.cache.fragmentation == 0
+
+    def check_books(self) -> None:
+        self.cache.check()
+        running = self.scheduler.running
+        assert [seq.id for seq in running] == sorted(seq.id for seq in running), "running is not in order of arrival"
+        assert all(seq.status is Status.RUNNING for seq in running)
+        waiting = [seq for seq in self.requests if seq.status is Status.WAITING]
+        assert len(self.scheduler.waiting) == len(waiting)
+        assert len(running) + len(waiting) == len(self.unfinished)
+        assert all(len(seq.token_ids) < seq.max_length for seq in self.unfinished)
+
+    def _check_batch(self, batch: Batch) -> None:
+        scheduler, chunks, decodes = self.scheduler, batch.chunks, batch.decodes
+        assert batch or not scheduler.has_work, "there is work and nothing is served"
+        served = [chunk.seq for chunk in chunks] + decodes
+        assert len(set(served)) == len(served), "a sequence is served twice"
+        assert len(scheduler.running) <= scheduler.max_batch_size
+        assert sum(chunk.length for chunk in chunks) <= scheduler.max_prefill_tokens
+        for seq in served:
+            assert seq.status is Status.RUNNING and seq in scheduler.running
+            assert seq.block_table == self.cache.block_table(seq.id)
+            assert len(seq.block_table) == self.cache.blocks_for(len(seq.token_ids)), "not a block for each token"
+        for chunk in chunks:
+            assert chunk.start == chunk.seq.num_computed and 0 < chunk.length <= chunk.seq.num_uncomputed
+        assert all(seq.num_uncomputed == 1 for seq in decodes)
+        assert batch.sampled == [chunk.seq for chunk in chunks if chunk.end == len(chunk.seq.token_ids)] + decodes
+        self._check_owners(batch)
+        self._check_alignment(decodes)
+        self._check_ageing(served)
+
+    def _check_owners(self, batch: Batch) -> None:
+        """A block that is written is in one table only."""
+        uses = [block for seq in self.scheduler.running for block in seq.block_table]
+        for seq, start, end in _spans(batch):
+            for block in {seq.block_table[i // self.cache.block_size] for i in range(start, end)}:
+                assert uses.count(block) == 1, f"{seq} writes block {block}, which others use"
+
+    def _check_alignment(self, decodes: list[Sequence]) -> None:
+        window = self.scheduler.policy.window
+        if window is not None and decodes:
+            shortest = min(len(seq.token_ids) for seq in decodes)
+            young = [seq for seq in decodes if self.now - seq.arrival_time < self.scheduler.age_bound]
+            assert all(len(seq.token_ids) <= shortest + window for seq in young), "not aligned"
+
+    def _check_ageing(self, served: list[Sequence]) -> None:
+        newest = max((seq.id for seq in served), default=-1)
+        for seq in self.unfinished:
+            if self.now - seq.arrival_time > self.scheduler.age_bound and seq not in served:
+                assert newest < seq.id, f"{seq} is aged, and a later arrival goes before it"
+
+    def _check_victims(self, before: dict[Sequence, int]) -> None:
+        victims = [seq.id for seq, count in before.items() if seq.num_preemptions > count]
+        spared = [seq.id for seq, count in before.items() if seq.num_preemptions == count]
+        assert not victims or not spared or max(spared) < min(victims), "not the newest was preempted"
+
+
+def next_token(token_ids: list[int]) -> int:
+    """0, 1 or 2; as a model's, a function of the text."""
+    return hash(tuple(token_ids)) % 3
+
+
+def _spans(batch: Batch) -> list[tuple[Sequence, int, int]]:
+    """Which tokens of which sequence a step computes."""
+    spans = [(chunk.seq, chunk.start, chunk.end) for chunk in batch.chunks]
+    return spans + [(seq, seq.num_computed, len(seq.token_ids)) for seq in batch.decodes]

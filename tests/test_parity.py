@@ -1,0 +1,122 @@
+"""The engine against transformers, in float32 on small random models: the same logits and the same greedy tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from microvllm import KernelSet
+from microvllm.engine.policy import POLICIES
+from microvllm.kernels.prefill_attention import prefill_attention_reference
+from microvllm.kernels.rotary import rotary_reference
+from microvllm.kernels.store_kv import store_kv_reference
+
+from .parity import (
+    BLOCK_SIZE,
+    ONE_OF_EACH,
+    RAGGED,
+    TOKENS,
+    Models,
+    assert_like_transformers,
+    assert_parity,
+    generate,
+    make_engine,
+)
+from .small_models import Shape, pairwise_shapes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """What is as small as this only loses by a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return Models(tmp_path_factory)
+
+
+@pytest.mark.parametrize("shape", pairwise_shapes(), ids=str)
+class TestEveryShape:
+    def test_one_request(self, models, shape):
+        assert_parity(models, shape, [40])
+
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_a_ragged_batch_under_each_policy(self, models, shape, policy):
+        assert_parity(models, shape, RAGGED, policy=policy)
+
+    @pytest.mark.parametrize("chunk", [1, 7, 16, 256])
+    def test_prompts_in_chunks(self, models, shape, chunk):
+        assert_parity(models, shape, RAGGED, max_prefill_tokens=chunk)
+
+    @pytest.mark.parametrize("length", [2 * BLOCK_SIZE - 1, 2 * BLOCK_SIZE, 2 * BLOCK_SIZE + 1])
+    def test_prefix_hits(self, models, shape, length):
+        model, folder, prompts = models(shape, length)
+        engine = make_engine(folder)
+        for cached in (0, (length - 1) // BLOCK_SIZE * BLOCK_SIZE, (length - 1) // BLOCK_SIZE * BLOCK_SIZE):
+            outputs = generate(engine, prompts)
+            assert outputs[0].usage.cached_tokens == cached
+            assert_like_transformers(model, engine, outputs)
+
+
+@pytest.mark.parametrize("window", [0, 16])
+def test_aligned_batches(models, window):
+    assert_parity(models, Shape(), RAGGED, alignment_window=window)
+
+
+@pytest.mark.parametrize("victim, prefix_caching", [(0, False), (-1, True)], ids=["oldest", "newest, prefix cached"])
+@pytest.mark.parametrize("shape", ONE_OF_EACH, ids=str)
+def test_a_preemption_at_every_possible_step(models, shape, victim, prefix_caching):
+    model, folder, prompts = models(shape, 33, 20)
+    engine = make_engine(folder, max_prefill_tokens=16, enable_prefix_caching=prefix_caching)
+    steps = []
+    undisturbed = generate(engine, prompts, steps.append)
+    assert_like_transformers(model, engine, undisturbed)
+
+    for step in steps[1:]:  # before the first nothing runs
+
+        def preempt(now: int, step: int = step) -> None:
+            if now == step:
+                engine.scheduler.preempt(engine.scheduler.running[victim])
+
+        disturbed = generate(engine, prompts, preempt)
+        assert [o.token_ids for o in disturbed] == [o.token_ids for o in undisturbed], f"preempted before step {step}"
+    assert engine.stats().preemptions >= TOKENS - 1  # a cached prompt takes fewer steps than the undisturbed run's
+
+
+def no_rope(q, k, cos, sin, positions):
+    return q, k
+
+
+def decode_a_position_late(q, k, cos, sin, positions):
+    return rotary_reference(q, k, cos, sin, positions + 1 if len(positions) == 1 else positions)
+
+
+def roll_k_heads(k, v, *where):
+    store_kv_reference(k.roll(1, dims=1), v, *where)
+
+
+def chunk_sees_one_token_less(q, k_cache, v_cache, block_table, query_start, context_lens, *rest):
+    out = prefill_attention_reference(q, k_cache, v_cache, block_table, query_start, context_lens, *rest)
+    late = q.roll(-1, dims=0)  # query i at the place of query i − 1 sees what that one sees
+    shifted = prefill_attention_reference(late, k_cache, v_cache, block_table, query_start, context_lens, *rest)
+    return torch.cat([out[:1], shifted[:-1]])
+
+
+@pytest.mark.parametrize("shape", ONE_OF_EACH, ids=str)
+@pytest.mark.parametrize(
+    "bug",
+    [
+        {"rotary": no_rope},
+        {"rotary": decode_a_position_late},
+        {"store_kv": roll_k_heads},
+        {"prefill_attention": chunk_sees_one_token_less},
+    ],
+    ids=lambda bug: next(iter(bug.values())).__name__,
+)
+def test_planted_bugs_are_caught(models, shape, bug):
+    with pytest.raises(AssertionError):
+        assert_parity(models, shape, [40], KernelSet.default("cpu").replace(**bug), max_prefill_tokens=16)
+    assert_parity(models, shape, [40], max_prefill_tokens=16)
