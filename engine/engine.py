@@ -151,6 +151,8 @@ class InferenceEngine:
         ValueError, and nothing is generated, where a prompt or an option cannot be served. A request that fails later
         has finish_reason "error".
         """
+        if not isinstance(prompts, (str, list, tuple)):
+            raise ValueError(f"prompts must be a text, token ids, a chat, or a list of these, not {prompts!r}")
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, dict))):
             prompts = [prompts]
         each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
@@ -249,6 +251,8 @@ class InferenceEngine:
             return SamplingParams.of(**options)
         if options:
             raise ValueError(f"give params or options, not both: {', '.join(options)} came beside params")
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, not {params!r}")
         return params
 
     def _prepare(self, prompt: Prompt, params: SamplingParams, outbox: deque[StepOutput]) -> _Request:

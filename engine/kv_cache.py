@@ -55,18 +55,20 @@ def num_blocks_that_fit(model: Qwen2, sampler: Sampler, config: EngineConfig, dt
 
 
 def _activations_of_largest_step(model: Qwen2, sampler: Sampler, config: EngineConfig, dtype: torch.dtype) -> int:
-    """Peak bytes in a step of max_prefill_tokens prompt tokens and in one of max_batch_size draws."""
+    """Peak bytes of the allocator in a prefill of max_prefill_tokens and in a decode of max_batch_size such texts."""
     device = model.embedding.device
     tokens = min(config.max_prefill_tokens, model.max_length)
     blocks = -(-tokens // config.block_size)
     layer = allocate_cache(model.config, 1, blocks, config.block_size, dtype, device)
+    runner = ModelRunner(model, sampler, layer * model.config.num_layers)
     seq = Sequence(0, [0] * tokens, SamplingParams(temperature=1.0, top_p=0.9), max_length=model.max_length)
     seq.block_table = list(range(blocks))
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    ModelRunner(model, sampler, layer * model.config.num_layers).run(Batch([Chunk(seq, 0, tokens)], [], [seq]))
-    sampler(torch.randn(config.max_batch_size, model.config.vocab_size, device=device), [seq] * config.max_batch_size)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    del layer
+    before = torch.cuda.memory_reserved(device)
+    runner.run(Batch([Chunk(seq, 0, tokens)], [], [seq]))
+    everyone = [seq] * config.max_batch_size
+    runner.run(Batch([], everyone, everyone))
+    peak = torch.cuda.max_memory_reserved(device) - before
+    del layer, runner
     torch.cuda.empty_cache()
     return peak

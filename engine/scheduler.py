@@ -226,9 +226,8 @@ class Scheduler:
             budget -= self._add_chunk(chunks, seq, budget)
 
     def _admit(self, seq: Sequence, *, leave_free: int) -> bool:
-        reuse = (
-            seq.params.prompt_logprobs is None
-        )  # a prompt's log-probabilities need its logits, so all of it is computed
+        # A prompt's log-probabilities need its logits, so all of it is computed.
+        reuse = seq.params.prompt_logprobs is None
         cached = self.cache.alloc(seq.id, seq.token_ids, reuse=reuse, leave_free=leave_free)
         if cached is None:
             return False

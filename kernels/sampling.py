@@ -80,8 +80,8 @@ def _keep_top(scores: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Ten
     if top_p is not None:
         probability = ordered.softmax(dim=-1)
         before = probability.cumsum(dim=-1) - probability
-        # The likeliest token stays whatever p is.
-        dropped = before >= top_p.unsqueeze(1)
+        # The likeliest token stays whatever p is, and at 1 all do, though a sum may round to 1 before they end.
+        dropped = (before >= top_p.unsqueeze(1)) & (top_p.unsqueeze(1) < 1)
         dropped[:, 0] = False
         ordered = ordered.masked_fill(dropped, -torch.inf)
     return torch.empty_like(scores).scatter_(1, tokens, ordered)

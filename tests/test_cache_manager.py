@@ -42,8 +42,11 @@ def test_a_hit_ends_where_the_texts_differ():
     assert cache_with().alloc(1, [*TEXT[:9], 99, *TEXT[10:]]) == 8
 
 
-def test_equal_blocks_after_different_beginnings_are_not_shared():
-    assert cache_with().alloc(1, [99] * B + TEXT[B:]) == 0
+@pytest.mark.parametrize("hash_function", [hash, lambda key: 0])
+def test_equal_blocks_after_different_beginnings_are_not_shared(hash_function):
+    cache = cache_with([0] * B + [1] * B, hash_function=hash_function)
+    assert cache.alloc(1, [1] * B + [9]) == 0
+    assert cache.alloc(2, [0] * (2 * B) + [9]) == B
 
 
 def test_a_hit_takes_the_very_blocks():

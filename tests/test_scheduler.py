@@ -99,11 +99,11 @@ def test_no_more_run_at_once_than_the_batch_holds():
 
 
 def test_an_admission_leaves_a_block_for_each_that_runs():
-    simulation = Simulation(num_blocks=5, block_size=4)
+    simulation = Simulation(num_blocks=6, block_size=4)
     for token in range(3):
         simulation.add([token] * 8)
     simulation.step()
-    assert ids(simulation.scheduler.running) == [0, 1]  # a block is left: two would be needed beside a third's
+    assert ids(simulation.scheduler.running) == [0, 1]  # two blocks are left, which a third would take
 
 
 # --- prefill ---
@@ -132,6 +132,15 @@ def test_a_prefix_is_computed_once(k, more, blocks):
     assert seq.num_cached == (k + blocks) * size
     assert simulation.scheduler.num_cached_tokens == seq.num_cached
     assert simulation.scheduler.num_prompt_tokens == 40 + seq.num_prompt
+
+
+def test_an_answer_is_a_prefix_of_the_next_turn():
+    simulation = Simulation()
+    first = simulation.add(list(range(6)), max_tokens=11)
+    simulation.run(11)
+    second = simulation.add([*first.token_ids, 7, 7])
+    simulation.step()
+    assert second.num_cached == 16  # all but the answer's last token, which was never computed
 
 
 def test_prompt_logprobs_need_the_whole_prompt_computed():
@@ -183,12 +192,37 @@ def test_the_newest_makes_room_itself_and_an_older_one_decodes_out_of_its_alignm
     assert short.status is Status.WAITING and batch.decodes == [long]
 
 
-def test_what_is_preempted_and_admitted_again_in_one_step_is_served_once():
-    # Two equal prompts computed at once have a block each; preempted, the second one shares the first one's.
+def test_nothing_is_admitted_in_the_step_that_preempts():
+    simulation = Simulation(max_batch_size=2, policy="sjf")
+    first, second = fill(simulation, [0] * 8, [1] * 20)
+    short = simulation.add([2])
+    batch = simulation.step()
+    assert batch.decodes == [first] and not batch.chunks and second.status is Status.WAITING
+    assert [chunk.seq for chunk in simulation.step().chunks] == [short]
+
+
+def test_twins_preempted_for_each_other_are_served_once_a_step():
     simulation = Simulation(num_blocks=3, block_size=2, max_batch_size=2, max_prefill_tokens=1, age_bound=0)
     for _ in range(2):
         simulation.add([0, 0], max_tokens=3)
     simulation.run(20)
+    simulation.check_at_rest()
+
+
+def test_what_is_preempted_and_admitted_again_in_one_step_is_served_once():
+    # Equal prompts computed at once have their own blocks; preempted for an aged one, the second shares the first's.
+    simulation = Simulation(num_blocks=13, block_size=2, policy="sjf", age_bound=10)
+    simulation.cache.alloc(-1, [9] * 12)
+    long = simulation.add([1] * 6, max_tokens=20)
+    twins = [simulation.add([0] * 4, max_tokens=9) for _ in range(2)]
+    for _ in range(2):
+        simulation.step()
+    simulation.now = 11
+    batch = simulation.step()
+    assert [chunk.seq for chunk in batch.chunks] == [long, twins[1]] and batch.decodes == twins[:1]
+    assert twins[1].num_preemptions == 1
+    simulation.cache.free(-1)
+    simulation.run(40)
     simulation.check_at_rest()
 
 

@@ -55,11 +55,13 @@ def logits_of(model, prompt: list[int], tokens: list[int]) -> torch.Tensor:
 
 
 def test_greedy_tokens_in_float32_are_those_of_transformers(truth):
+    seen = set()
     for prompt, tokens, logits in generate("float32", KernelSet.reference()):
         expected = logits_of(truth, prompt, tokens)
         assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
         assert tokens == expected.argmax(dim=-1).tolist()
-        assert len(set(tokens)) >= 20
+        seen.update(tokens)
+    assert len(seen) >= 100
 
 
 def test_logits_in_bfloat16_are_as_right_as_those_of_transformers(truth):

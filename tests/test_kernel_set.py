@@ -1,0 +1,113 @@
+"""The choice of kernels: what there is, what a swap does, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from microvllm import KernelSet
+from microvllm.kernels.kernel_set import OPS
+from microvllm.kernels.linear import linear_reference, weight_first_linear
+from microvllm.kernels.op import Implementation, Op
+
+CPU = torch.device("cpu")
+NAMES = {
+    "rms_norm",
+    "add_rms_norm",
+    "linear",
+    "rotary",
+    "store_kv",
+    "paged_attention",
+    "prefill_attention",
+    "swiglu",
+    "sample",
+}
+
+
+def doubled(gate_up):
+    return 2 * gate_up
+
+
+def test_there_is_an_operator_for_each_name():
+    assert set(OPS) == NAMES
+    assert all(op.name == name for name, op in OPS.items())
+
+
+def test_the_reference_set_runs_every_reference():
+    kernels = KernelSet.reference()
+    assert all(getattr(kernels, name) is OPS[name].reference for name in NAMES)
+    assert set(kernels.names.values()) == {"reference"}
+
+
+def test_the_default_on_a_cpu_runs_what_can_run_there():
+    kernels = KernelSet.default("cpu")
+    assert dict(kernels.names) == {name: "reference" for name in NAMES} | {"linear": "weight_first"}
+    assert kernels.linear is weight_first_linear
+    assert kernels.swiglu is OPS["swiglu"].reference
+
+
+def test_an_operator_prefers_its_first_implementation_that_can_run():
+    op = Op(
+        "f",
+        reference=abs,
+        implementations={
+            "elsewhere": Implementation(min, lambda device: "it is for another machine"),
+            "good": Implementation(max),
+            "slower": Implementation(sum),
+        },
+    )
+    assert op.default(CPU) == "good"
+    assert op.unavailable("elsewhere", CPU) == "it is for another machine"
+    assert op.unavailable("good", CPU) is None and op.unavailable("reference", CPU) is None
+    assert (op.choose("good"), op.choose("elsewhere"), op.choose("reference")) == (max, min, abs)
+    assert Op("g", reference=abs).default(CPU) == "reference"
+
+
+def test_flash_attn_says_why_it_cannot_run_on_a_cpu():
+    assert OPS["prefill_attention"].unavailable("flash_attn", CPU) == "flash-attn needs a CUDA GPU"
+
+
+def test_replace_by_name_changes_one_operator_of_a_new_set():
+    before = KernelSet.default("cpu")
+    after = before.replace(linear="reference")
+    assert (after.linear, after.names["linear"]) == (linear_reference, "reference")
+    assert (before.linear, before.names["linear"]) == (weight_first_linear, "weight_first")
+    assert all(getattr(after, name) is getattr(before, name) for name in NAMES - {"linear"})
+
+
+def test_replace_takes_any_callable_and_names_it():
+    kernels = KernelSet.reference().replace(swiglu=doubled, linear="weight_first")
+    assert kernels.swiglu is doubled
+    assert (kernels.names["swiglu"], kernels.names["linear"]) == ("doubled", "weight_first")
+    assert kernels.swiglu(torch.ones(1, 2)).tolist() == [[2, 2]]
+
+
+@pytest.mark.parametrize(
+    "swap, message",
+    [
+        ({"rmsnorm": "reference"}, "there is no operator 'rmsnorm'; there are: rms_norm, add_rms_norm, linear"),
+        ({"linear": "weightfirst"}, "operator linear has no implementation 'weightfirst'; it has: weight_first, refer"),
+        ({"swiglu": "triton"}, "operator swiglu has no implementation 'triton'; it has: reference$"),
+        ({"swiglu": 3}, "swiglu=3 is neither an implementation's name nor a callable"),
+    ],
+)
+def test_a_misspelt_swap_is_refused_with_the_known_names(swap, message):
+    with pytest.raises(ValueError, match=message):
+        KernelSet.reference().replace(**swap)
+
+
+def test_a_set_cannot_change():
+    kernels = KernelSet.reference()
+    with pytest.raises(AttributeError, match=r"use kernels.replace\(swiglu=\.\.\.\)"):
+        kernels.swiglu = doubled
+    with pytest.raises(TypeError):
+        kernels.names["swiglu"] = "doubled"
+    with pytest.raises(TypeError):
+        OPS["swiglu"] = None
+    assert kernels.swiglu is OPS["swiglu"].reference
+
+
+def test_its_text_says_what_runs_where():
+    kernels = KernelSet.reference().replace(swiglu=doubled)
+    others = ", ".join(name for name in OPS if name != "swiglu")
+    assert str(kernels) == f"reference: {others}; doubled: swiglu"
+    assert repr(kernels) == f"KernelSet({kernels})"
