@@ -52,7 +52,6 @@ class KVCacheManager:
         self._evictable: dict[int, None] = {}  # ordered: the longest unused first
         self._users = [0] * num_blocks
         self._tables: dict[int, list[int]] = {}
-        self._num_tokens: dict[int, int] = {}
         self._prefixes: dict[int, list[int]] = {}  # of a sequence: the prefix numbers of its full, committed blocks
         self._cached: dict[int, _CachedBlock] = {}
         self._index: dict[int, list[int]] = {}  # hash to the cached blocks that have it
@@ -78,22 +77,14 @@ class KVCacheManager:
             self._evictable.pop(block, None)
             self._users[block] += 1
         self._tables[seq_id] = shared + [self._take() for _ in range(new)]
-        self._num_tokens[seq_id] = len(token_ids)
         self._prefixes[seq_id] = [self._cached[block].prefix for block in shared]
         return len(shared) * self.block_size
 
-    def append(self, seq_id: int, num_tokens: int) -> bool:
-        """Makes room for a sequence to hold `num_tokens` in all; asking for what it has already changes nothing.
-
-        → False, and nothing is taken, where no block is available
-        """
-        table = self._tables[seq_id]
-        if num_tokens > len(table) * self.block_size:
-            if not self.num_available:
-                return False
-            assert num_tokens == len(table) * self.block_size + 1, "a sequence grows a token at a time"
-            table.append(self._take())
-        self._num_tokens[seq_id] = num_tokens
+    def append(self, seq_id: int) -> bool:
+        """Gives a sequence one more block, its others being full; False where none is available."""
+        if not self.num_available:
+            return False
+        self._tables[seq_id].append(self._take())
         return True
 
     def commit(self, seq_id: int, token_ids: Sequence[int], num_computed: int) -> None:
@@ -123,7 +114,7 @@ class KVCacheManager:
                     self._evictable[block] = None
                 else:
                     self._free.append(block)
-        del self._num_tokens[seq_id], self._prefixes[seq_id]
+        del self._prefixes[seq_id]
 
     # --- what can be asked of it ---
 
@@ -144,20 +135,11 @@ class KVCacheManager:
         """Blocks that sequences use, a shared one counted once."""
         return self.num_blocks - self.num_available
 
-    @property
-    def fragmentation(self) -> float:
-        """The share of the blocks in use that holds no token: the empty ends of the sequences' last blocks."""
-        if not self.num_used:
-            return 0.0
-        empty = sum(len(self._tables[s]) * self.block_size - n for s, n in self._num_tokens.items())
-        return empty / (self.num_used * self.block_size)
-
     def check(self) -> None:
         """Proves that every block has exactly one state and that the books agree; AssertionError says what does not."""
         users = [0] * self.num_blocks
         for seq_id, table in self._tables.items():
             assert len(set(table)) == len(table), f"sequence {seq_id} has a block twice: {table}"
-            assert len(table) == self.blocks_for(self._num_tokens[seq_id]), f"sequence {seq_id}: {len(table)} blocks"
             for block in table:
                 users[block] += 1
         assert users == self._users, "users of blocks are miscounted"

@@ -142,12 +142,18 @@ def _generate(options: argparse.Namespace) -> int:
     engine = _engine(options)
     prompts = [[{"role": "user", "content": text}] if options.chat else text for text in options.prompts]
     if len(prompts) == 1:
-        _, output = _answer(engine, prompts[0], params)
+        try:
+            _, output = _answer(engine, prompts[0], params)
+        except RuntimeError as error:
+            print(f"micro-vllm: {error}", file=sys.stderr)
+            return 1
         outputs = [output] if output else []
     else:
         outputs = engine.generate(prompts, params)
         for text, output in zip(options.prompts, outputs, strict=True):
             print(f"--- {text}\n{output.text}")
+            if output.error:
+                print(f"micro-vllm: {text!r}: {output.error}", file=sys.stderr)
     if outputs:
         print(_summary(engine, outputs), file=sys.stderr)
     return 1 if any(output.error for output in outputs) else 0
@@ -210,7 +216,7 @@ def _chat(options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model)
     model = checkpoint.config
-    length = options.length or model.max_length
+    length = model.max_length if options.length is None else options.length
     if not 0 < length <= model.max_length:
         raise ValueError(f"--length {length} must be from 1 to {model.max_length}, the model's longest text")
     engine = EngineConfig(device=options.device, dtype=options.dtype)

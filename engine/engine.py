@@ -237,7 +237,7 @@ class InferenceEngine:
             waiting=len(scheduler.waiting),
             blocks_used=cache.num_used,
             blocks=cache.num_blocks,
-            fragmentation=cache.fragmentation,
+            fragmentation=scheduler.fragmentation,
             prompt_tokens=scheduler.num_prompt_tokens,
             cached_prompt_tokens=scheduler.num_cached_tokens,
             preemptions=scheduler.num_preemptions,

@@ -106,6 +106,14 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or len(self.waiting))
 
+    @property
+    def fragmentation(self) -> float:
+        """The share of the cache blocks in use that holds no token: the empty ends of the sequences' last blocks."""
+        block_size = self.cache.block_size
+        # A token that was just drawn may have no place yet.
+        empty = sum(max(0, len(s.block_table) * block_size - len(s.token_ids)) for s in self.running)
+        return empty / (self.cache.num_used * block_size) if self.cache.num_used else 0.0
+
     # --- a step ---
 
     def schedule(self, now: float) -> Batch:
@@ -133,24 +141,24 @@ class Scheduler:
 
         Sequences that ended meanwhile are passed over. Those that end by a token or by their length end here.
         """
-        cache, block_size = self.cache, self.cache.block_size
+        running, block_size = Status.RUNNING, self.cache.block_size
         for chunk in batch.chunks:
-            seq = chunk.seq
-            if seq.status is Status.RUNNING:
-                seq.num_computed = chunk.end
-                cache.commit(seq.id, seq.token_ids, chunk.end)
-        running = Status.RUNNING
+            if chunk.seq.status is running:
+                chunk.seq.num_computed = chunk.end
         for seq in batch.decodes:
             if seq.status is running:
-                seq.num_computed = computed = len(seq.token_ids)
-                if computed % block_size == 0:
-                    cache.commit(seq.id, seq.token_ids, computed)
-        for seq, token in zip(batch.sampled, tokens, strict=True):
+                seq.num_computed = len(seq.token_ids)
+        num_prefilled = len(batch.sampled) - len(batch.decodes)
+        for i, (seq, token) in enumerate(zip(batch.sampled, tokens, strict=True)):
             if seq.status is not running:
                 continue
             if token < 0:
                 self.finish(seq, "error")
                 continue
+            # Others may share these blocks only now: had they held NaN, so would the logits.
+            computed = seq.num_computed
+            if i < num_prefilled or computed % block_size == 0 or computed == seq.num_prompt:
+                self.cache.commit(seq.id, seq.token_ids, computed)
             seq.token_ids.append(token)
             if token in seq.stop_token_ids:
                 self.finish(seq, "stop")
@@ -169,9 +177,9 @@ class Scheduler:
 
     def _make_room(self, decodes: list[Sequence]) -> bool:
         """A place in the cache for each sequence's token, oldest first; False where the newest had to be preempted."""
-        append = self.cache.append
+        block_size = self.cache.block_size
         for seq in decodes:
-            if not append(seq.id, len(seq.token_ids)):
+            if len(seq.token_ids) > len(seq.block_table) * block_size and not self.cache.append(seq.id):
                 self.preempt(self.running[-1])
                 return False
         return True

@@ -17,8 +17,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantiz
 from gguf.quants import dequantize
 
 from .config import ModelConfig, default_head_dim
+from .gguf_tokenizer import eos_token_ids
 from .rope import RopeConfig
-from .tokenizer import Tokenizer, gguf_eos_token_ids
+from .tokenizer import Tokenizer
 
 FLOAT_TYPES = {
     GGMLQuantizationType.F32: torch.float32,
@@ -153,7 +154,7 @@ class GGUFFile:
             yield piece
 
     def tokenizer(self) -> Tokenizer | None:
-        return Tokenizer.from_gguf(self.path, self.metadata) if "tokenizer.ggml.model" in self.metadata else None
+        return Tokenizer.from_gguf(self.metadata) if "tokenizer.ggml.model" in self.metadata else None
 
     def _pieces(self, tensor: StoredTensor, align: int) -> Iterator[torch.Tensor]:
         step = align * max(1, PIECE_ELEMENTS // (tensor.shape[-1] * align))
@@ -310,7 +311,7 @@ def config_from_gguf(
             rope=rope,
             tied_head="output.weight" not in tensors,
             dtype=_dtype(tensors),
-            eos_token_ids=gguf_eos_token_ids(metadata),
+            eos_token_ids=eos_token_ids(metadata),
         )
     except KeyError as missing:
         raise ValueError(f"the GGUF metadata has no {prefix}{missing.args[0]}") from None

@@ -11,33 +11,11 @@ from typing import Any
 
 import jinja2
 import tokenizers
-from gguf.constants import TokenType
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from . import gguf_tokenizer
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-# How each `tokenizer.ggml.pre` cuts a text into words before the merges (llama.cpp, src/llama-vocab.cpp).
-_QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3_WORDS = _QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-
-def _words(pattern: str) -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-_PRE_TOKENIZERS = {
-    "default": _BYTE_LEVEL,
-    "gpt-2": _BYTE_LEVEL,
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTE_LEVEL]),
-    "qwen2": _words(_QWEN2_WORDS),
-    "llama-bpe": _words(_LLAMA3_WORDS),
-}
 
 
 class Tokenizer:
@@ -73,16 +51,9 @@ class Tokenizer:
         return cls(_from_pretrained(folder))
 
     @classmethod
-    def from_gguf(cls, path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """The tokenizer in a GGUF file's metadata; ValueError names what is not supported."""
-        kind = metadata.get("tokenizer.ggml.model")
-        if kind == "gpt2":
-            return cls(_byte_level_from_gguf(metadata), gguf_eos_token_ids(metadata))
-        if kind == "llama":
-            if not metadata.get("tokenizer.ggml.add_space_prefix", True):
-                raise ValueError("a SentencePiece tokenizer without tokenizer.ggml.add_space_prefix is not supported")
-            return cls(_from_pretrained(path.parent, gguf_file=path.name), gguf_eos_token_ids(metadata))
-        raise ValueError(f"GGUF tokenizer {kind!r} is not supported; supported are 'gpt2' and 'llama'")
+        return cls(gguf_tokenizer.build(metadata), gguf_tokenizer.eos_token_ids(metadata))
 
     @property
     def vocab_size(self) -> int:
@@ -154,12 +125,6 @@ class Tokenizer:
         return token.replace("▁", " ").encode()
 
 
-def gguf_eos_token_ids(metadata: Mapping[str, Any]) -> frozenset[int]:
-    """The tokens that end a text or a turn, by a GGUF file's metadata."""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return frozenset(metadata[key] for key in keys if key in metadata)
-
-
 def _printable_bytes() -> dict[str, int]:
     """The character that stands for each byte in a byte-level vocabulary (GPT-2's bytes_to_unicode), and that byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -205,56 +170,11 @@ def _require_unicode(text: str, what: str) -> None:
         raise ValueError(f"{what} is not valid Unicode: {error.reason} at character {error.start}") from None
 
 
-def _from_pretrained(folder: Path, **source: str) -> PreTrainedTokenizerFast:
+def _from_pretrained(folder: Path) -> PreTrainedTokenizerFast:
     try:
-        fast = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **source)
+        fast = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions for a file that it cannot parse
         raise ValueError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
     if not isinstance(fast, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer in {folder} ({type(fast).__name__}) has no fast version")
     return fast
-
-
-def _byte_level_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """Built with tokenizers itself: transformers' converter takes 6 s and does not know every pre-tokenizer."""
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_TOKENIZERS:
-        raise ValueError(f"GGUF pre-tokenizer {pre!r} is not supported; supported are {', '.join(_PRE_TOKENIZERS)}")
-    for key in ("tokens", "token_type", "merges"):
-        if f"tokenizer.ggml.{key}" not in metadata:
-            raise ValueError(f"the GGUF metadata has no tokenizer.ggml.{key}")
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    if len(tokens) != len(types):
-        raise ValueError(f"the GGUF metadata has {len(tokens)} tokens and {len(types)} token types")
-    vocabulary = {
-        token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != TokenType.UNUSED
-    }
-    try:
-        # Llama 3 takes a whole word that is in the vocabulary as it is, whatever its merges.
-        backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
-    except Exception as error:  # tokenizers has no class of its own for it
-        raise ValueError(f"the GGUF metadata's merges do not fit its tokens: {error}") from error
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]
-    backend.decoder = decoders.ByteLevel()
-    for kind, add in ((TokenType.CONTROL, backend.add_special_tokens), (TokenType.USER_DEFINED, backend.add_tokens)):
-        marked = [token for token, its_kind in zip(tokens, types, strict=True) if its_kind == kind]
-        add([AddedToken(token, normalized=False, special=kind == TokenType.CONTROL) for token in marked])
-
-    def token_named(key: str) -> str | None:
-        token_id = metadata.get(f"tokenizer.ggml.{key}")
-        if token_id is not None and token_id >= len(tokens):
-            raise ValueError(f"tokenizer.ggml.{key} is {token_id}, and there are {len(tokens)} tokens")
-        return None if token_id is None else tokens[token_id]
-
-    bos, eos = token_named("bos_token_id"), token_named("eos_token_id")
-    if metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
-        if bos is None:
-            raise ValueError("tokenizer.ggml.add_bos_token is set, and there is no tokenizer.ggml.bos_token_id")
-        backend.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], special_tokens=[(bos, vocabulary[bos])]
-        )
-    template = metadata.get("tokenizer.chat_template")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, chat_template=template)

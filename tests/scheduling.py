@@ -112,7 +112,7 @@ class Simulation:
     def check_at_rest(self) -> None:
         assert not self.scheduler.running and not len(self.scheduler.waiting) and not self.unfinished
         assert self.cache.num_available == self.cache.num_blocks and self.cache.num_used == 0
-        assert self.cache.fragmentation == 0
+        assert self.scheduler.fragmentation == 0
 
     def check_books(self) -> None:
         self.cache.check()

@@ -166,38 +166,21 @@ def test_alloc_takes_all_or_nothing():
     cache.check()
 
 
-def test_append_takes_a_block_only_where_the_last_one_is_full():
+def test_append_gives_one_block_more_as_long_as_there_is_one():
     cache = KVCacheManager(2, B)
-    cache.alloc(0, TEXT[: B - 1])
-    for n, used in ((B, 1), (B + 1, 2), (B + 1, 2), (2 * B, 2)):
-        assert cache.append(0, n)
-        assert cache.num_used == used
-    assert not cache.append(0, 2 * B + 1)
-    assert cache.num_used == 2
+    cache.alloc(0, TEXT[:B])
+    assert cache.append(0) and cache.num_used == 2
+    assert not cache.append(0) and cache.num_used == 2
+    assert len(cache.block_table(0)) == 2
     cache.check()
 
 
 def test_append_evicts_a_cached_block_where_none_is_free():
     cache = cache_with(TEXT[:B], num_blocks=2)
     cache.alloc(1, [99] * B)
-    assert cache.append(1, B + 1)
+    assert cache.append(1)
     assert cache.alloc(2, [0]) is None
     cache.check()
-
-
-def test_fragmentation_is_the_empty_share_of_the_blocks_in_use():
-    cache = KVCacheManager(10, B)
-    assert cache.fragmentation == 0
-    computed(cache, 0, TEXT[:9])  # 3 blocks of 4 slots, 3 of them empty
-    assert cache.fragmentation == 3 / 12
-    computed(cache, 1, TEXT[:10])  # shares 2 blocks and has 1 more, 2 slots of it empty
-    assert cache.fragmentation == 5 / 16
-    cache.append(1, 11)
-    assert cache.fragmentation == 4 / 16
-    cache.free(0)
-    assert cache.fragmentation == 1 / 12
-    cache.free(1)
-    assert cache.fragmentation == 0
 
 
 # --- check() itself can fail ---
@@ -222,10 +205,6 @@ def lose_a_block(cache):
 def have_a_block_twice(cache):
     table = cache.block_table(0)
     table[1] = table[0]
-
-
-def lack_a_block(cache):
-    cache._users[cache.block_table(0).pop()] -= 1
 
 
 def evictable_but_not_cached(cache):
@@ -259,7 +238,6 @@ def leave_an_empty_entry(cache):
         (free_a_block_in_use, "2 states"),
         (lose_a_block, "0 states"),
         (have_a_block_twice, "a block twice"),
-        (lack_a_block, "1 blocks"),
         (evictable_but_not_cached, "evictable block is not cached"),
         (free_but_cached, "free block is cached"),
         (forget_in_the_index, "index and the cached blocks differ"),

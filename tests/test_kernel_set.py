@@ -81,6 +81,12 @@ def test_replace_takes_any_callable_and_names_it():
     assert kernels.swiglu(torch.ones(1, 2)).tolist() == [[2, 2]]
 
 
+def test_a_second_swap_keeps_the_first():
+    kernels = KernelSet.reference().replace(swiglu=doubled).replace(linear="weight_first")
+    assert (kernels.swiglu, kernels.linear) == (doubled, weight_first_linear)
+    assert (kernels.names["swiglu"], kernels.names["linear"]) == ("doubled", "weight_first")
+
+
 @pytest.mark.parametrize(
     "swap, message",
     [

@@ -23,14 +23,7 @@ from .parity import (
 )
 from .small_models import Shape, pairwise_shapes
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """What is as small as this only loses by a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

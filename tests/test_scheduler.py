@@ -303,6 +303,19 @@ def test_an_aged_request_that_gets_nothing_holds_back_what_came_after_it():
 # --- cost ---
 
 
+def test_fragmentation_is_the_empty_share_of_the_blocks_in_use():
+    simulation = Simulation(num_blocks=10, block_size=4)
+    assert simulation.scheduler.fragmentation == 0
+    simulation.add(list(range(9)), max_tokens=5)
+    simulation.step()  # 3 blocks, and with the first token of the answer 2 slots of the last are empty
+    assert simulation.scheduler.fragmentation == 2 / 12
+    simulation.add([*range(8), 50, 51], max_tokens=2)
+    simulation.step()  # shares 2 blocks and has 1 more, with an empty slot as in the other's
+    assert simulation.scheduler.fragmentation == 2 / 16
+    simulation.run(10)
+    assert simulation.scheduler.fragmentation == 0
+
+
 def microseconds_a_step(running: int, policy: str = "sjf_aligned", window: int | None = None) -> float:
     """Median of schedule and update together while so many requests decode."""
     rng = random.Random(0)

@@ -1,5 +1,4 @@
 import codecs
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -38,7 +37,7 @@ def byte_level_metadata(pre, merges=(), special=(), **changes):
 
 
 def from_metadata(*args, **changes):
-    return Tokenizer.from_gguf(Path("none.gguf"), byte_level_metadata(*args, **changes))
+    return Tokenizer.from_gguf(byte_level_metadata(*args, **changes))
 
 
 def pieces(tokenizer, text):
@@ -236,7 +235,7 @@ def test_special_and_added_tokens():
         ),
         ({"ggml.merges": ["q z"]}, "the GGUF metadata's merges do not fit its tokens"),
         ({"ggml.merges": ["qz"]}, "the GGUF metadata's merges do not fit its tokens"),
-        ({"ggml.token_type": [1]}, "256 tokens and 1 token types"),
+        ({"ggml.token_type": [1]}, "256 tokens and 1 entries of token_type"),
         ({"ggml.eos_token_id": 256}, "tokenizer.ggml.eos_token_id is 256, and there are 256 tokens"),
         ({"ggml.add_bos_token": True}, "add_bos_token is set, and there is no tokenizer.ggml.bos_token_id"),
         ({"ggml.model": "llama", "ggml.add_space_prefix": False}, "without tokenizer.ggml.add_space_prefix"),
@@ -252,7 +251,7 @@ def test_names_the_missing_key(key):
     metadata = byte_level_metadata("gpt-2")
     del metadata[f"tokenizer.ggml.{key}"]
     with pytest.raises(ValueError, match=f"the GGUF metadata has no tokenizer.ggml.{key}"):
-        Tokenizer.from_gguf(Path("none.gguf"), metadata)
+        Tokenizer.from_gguf(metadata)
 
 
 class TestSentencePiece:

@@ -1,0 +1,39 @@
+"""The README's Python runs, and its tables are those of the results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from microvllm.bench.report import with_tables
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+MARKED = re.compile(r"<!-- bench: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def test_the_python_blocks_run_in_their_order(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 3
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    shown = capsys.readouterr().out
+    assert "The capital of France is →  Paris" in shown
+    assert "EngineStats(running=0" in shown
+
+
+def test_the_tables_are_those_of_the_results():
+    assert len(MARKED.findall(README)) >= 4
+    assert with_tables(README) == README, "run python -m bench.report"
+
+
+def test_a_table_that_differs_is_seen():
+    name, body = MARKED.findall(README)[0]
+    changed = README.replace(body, body.replace("|", "| 1", 1))
+    assert changed != README and with_tables(changed) == README, name
+
+
+def test_a_table_without_a_result_is_an_error():
+    with pytest.raises(FileNotFoundError):
+        with_tables("<!-- bench: cpu/no-such-result -->\n<!-- end -->")
