@@ -222,7 +222,7 @@ class Scheduler:
     def _prefill_by_policy(self, chunks: list[Chunk], horizon: float, *, admit: bool) -> None:
         """Chunks of what is begun, then, if asked to, of what the policy admits, as far as the budget goes."""
         budget = self.max_prefill_tokens - sum(chunk.length for chunk in chunks)
-        begun = [s for s in self.running if s.arrival_time > horizon and s.num_uncomputed > 1]
+        begun = [s for s in self.running if len(s.token_ids) - s.num_computed > 1 and s.arrival_time > horizon]
         for seq in sorted(begun, key=self.policy.order):
             if budget:
                 budget -= self._add_chunk(chunks, seq, budget)

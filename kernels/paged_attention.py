@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from .op import Op
 
@@ -23,24 +24,24 @@ def paged_attention_reference(
     """
     batch, heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
+    lengths = context_lens.unsqueeze(1)
     longest = max(1, int(context_lens.max()))
-    # Rows past a context gather its last row again, so that nothing outside the context is ever read.
-    position = torch.arange(longest, device=q.device).expand(batch, -1)
-    valid = position < context_lens.unsqueeze(1)
-    position = torch.minimum(position, (context_lens.unsqueeze(1) - 1).clamp(min=0))
-    block = block_table.gather(1, position // block_size).long()
-    block = torch.where(context_lens.unsqueeze(1) > 0, block, 0)
-    offset = position % block_size
+    seen = torch.arange(longest, device=q.device) < lengths  # [batch, longest]
 
-    wide = torch.promote_types(q.dtype, torch.float32)
-    k = k_cache[block, offset].to(wide)  # [batch, longest, kv_heads, head_dim]
-    v = v_cache[block, offset].to(wide)
-    grouped = q.to(wide).view(batch, kv_heads, heads // kv_heads, head_dim)
-    scores = torch.einsum("bkgd,btkd->bkgt", grouped, k) * scale
-    scores = scores.masked_fill(~valid[:, None, None], -torch.inf)
-    weights = torch.softmax(scores, dim=-1)
-    out = torch.einsum("bkgt,btkd->bkgd", weights, v).reshape(batch, heads, head_dim)
-    return torch.where(context_lens[:, None, None] > 0, out, 0).to(q.dtype)
+    slots = block_table.unsqueeze(2) * block_size + torch.arange(block_size, device=q.device)
+    slots = slots.flatten(1)[:, :longest]
+    # Past its context a row gathers its first token again: nothing outside a context is ever read, masked or not.
+    slots = torch.where(seen, slots, slots[:, :1])
+    slots = torch.where(lengths > 0, slots, 0).flatten()
+    k = k_cache.flatten(0, 1).index_select(0, slots).view(batch, longest, kv_heads, head_dim)
+    v = v_cache.flatten(0, 1).index_select(0, slots).view(batch, longest, kv_heads, head_dim)
+
+    # The query heads of a KV head are rows of one product.
+    grouped = q.view(batch, kv_heads, heads // kv_heads, head_dim)
+    y = F.scaled_dot_product_attention(
+        grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen[:, None, None], scale=scale
+    )
+    return torch.where(lengths.unsqueeze(2) > 0, y.reshape_as(q), 0)
 
 
 OP = Op("paged_attention", reference=paged_attention_reference)
