@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from math import prod
 
 from ..kernels.kernel_set import OPS, KernelSet
 from ..kernels.op import REFERENCE
 from ..model.checkpoint import open_checkpoint
-from ..model.loader import parameter_sources
+from ..model.loader import num_parameters
 from ..model.sampling_params import SamplingParams
 from .config import DTYPES, EngineConfig
 from .engine import InferenceEngine, Prompt
@@ -222,7 +221,7 @@ def _info(options: argparse.Namespace) -> int:
     engine = EngineConfig(device=options.device, dtype=options.dtype)
     device = engine.resolve_device()
     dtype = engine.resolve_dtype(model.dtype, device)
-    parameters = sum(prod(shape) for tensors in parameter_sources(model).values() for shape in tensors.values())
+    parameters = num_parameters(model)
     rows = {
         "model": f"{checkpoint.name} ({checkpoint.path})",
         "architecture": f"{model.architecture}, {model.num_layers} layers of {model.hidden_size}, "

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..kernels.kernel_set import KernelSet
 from ..model.checkpoint import open_checkpoint
-from ..model.loader import load_model
+from ..model.loader import load_model, num_parameters
 from ..model.sampler import Sampler
 from ..model.sampling_params import SamplingParams
 from .cache_manager import KVCacheManager
@@ -126,7 +126,7 @@ class InferenceEngine:
         self._requests: dict[int, _Request] = {}
         self._outbox: deque[StepOutput] = deque()
         if config.progress:
-            gib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+            gib = num_parameters(model.config) * dtype.itemsize / 2**30
             cache_gib = num_blocks * config.block_size * model.config.kv_bytes_per_token(dtype) / 2**30
             print(
                 f"{checkpoint.name}: {gib:.2f} GiB of {str(dtype).removeprefix('torch.')} weights on {device}, "

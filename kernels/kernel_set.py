@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 
 from . import linear, paged_attention, prefill_attention, rms_norm, rotary, sampling, store_kv, swiglu
-from .op import Op
+from .op import REFERENCE, Implementation, Op
 
 OPS: Mapping[str, Op] = MappingProxyType(
     {
@@ -34,14 +34,24 @@ class KernelSet:
     It cannot change: a captured CUDA graph would ignore a later swap. `replace` makes another.
     """
 
-    def __init__(self, chosen: Mapping[str, tuple[str, Callable]]):
+    def __init__(self, chosen: Mapping[str, tuple[str, Implementation]]):
         assert chosen.keys() == OPS.keys()
-        for name, (_, function) in chosen.items():
-            object.__setattr__(self, name, function)
-        object.__setattr__(self, "names", MappingProxyType({op: name for op, (name, _) in chosen.items()}))
+        for op, (_, implementation) in chosen.items():
+            object.__setattr__(self, op, implementation.function)
+        object.__setattr__(self, "_chosen", MappingProxyType(dict(chosen)))
 
     def __setattr__(self, name, value):
         raise AttributeError(f"a KernelSet cannot change; use kernels.replace({name}=...)")
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The name of the implementation that each operator runs."""
+        return {op: name for op, (name, _) in self._chosen.items()}
+
+    def prepare(self, op: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as the implementation of `op` wants it; the same tensor where that is the canonical layout."""
+        prepare = self._chosen[op][1].prepare
+        return weight if prepare is None else prepare(weight)
 
     @classmethod
     def default(cls, device: str | torch.device | None = None) -> KernelSet:
@@ -53,21 +63,22 @@ class KernelSet:
     @classmethod
     def reference(cls) -> KernelSet:
         """The plain PyTorch reference of every operator."""
-        return cls({op.name: ("reference", op.reference) for op in OPS.values()})
+        return cls({op.name: (REFERENCE, op.choose(REFERENCE)) for op in OPS.values()})
 
     def replace(self, **swaps: str | Callable) -> KernelSet:
         """A KernelSet with some operators swapped, each for an implementation's name or for any callable.
 
-        ValueError for an operator or an implementation that does not exist.
+        A callable gets weights in their canonical layout. ValueError for an operator or an implementation that does not
+        exist.
         """
-        chosen = {op: (name, getattr(self, op)) for op, name in self.names.items()}
+        chosen = dict(self._chosen)
         for op, swap in swaps.items():
             if op not in OPS:
                 raise ValueError(f"there is no operator {op!r}; there are: {', '.join(OPS)}")
             if isinstance(swap, str):
                 chosen[op] = (swap, OPS[op].choose(swap))
             elif callable(swap):
-                chosen[op] = (getattr(swap, "__qualname__", repr(swap)), swap)
+                chosen[op] = (getattr(swap, "__qualname__", repr(swap)), Implementation(swap))
             else:
                 raise ValueError(f"{op}={swap!r} is neither an implementation's name nor a callable")
         return KernelSet(chosen)

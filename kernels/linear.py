@@ -13,29 +13,33 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return F.linear(x, weight, bias)
 
 
-def weight_first_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """As `linear_reference`, for a CPU: few rows are computed as (W xᵀ)ᵀ + b, the weight being the left operand.
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """As `linear_reference`, by oneDNN on a CPU, with a weight from `onednn_prepare`.
 
-    MKL streams a left operand faster than a right one, as long as the rows are few. Time of x Wᵀ over that of W xᵀ in
-    float32 on 2 cores of an EPYC 9004, for 3, 5, 8, 10 and 256 rows: W [3072, 576] 4.3, 1.8, 1.4, 0.9 and 0.8;
-    W [576, 1536] 1.7, 0.8, 0.8, 0.7 and 1.0. One row would take the matrix-vector path, which is as slow as x Wᵀ, so it
-    goes in twice.
+    MKL, which `F.linear` calls, is slow for few rows on processors that are not Intel's: in float32 on 2 cores of an
+    EPYC 9004, W [3072, 576], it takes 1.9 times as long for one row, 2.6 for 8, 2.7 for 16 and 1.5 for 256.
     """
-    rows, (wide, deep) = x.shape[0], weight.shape
-    if rows > (8 if wide >= deep else 4):
-        return F.linear(x, weight, bias)
-    if rows == 1:
-        x = x.repeat(2, 1)
-    y = torch.mm(weight, x.t()) if bias is None else torch.addmm(bias.unsqueeze(1), weight, x.t())
-    return y.t()[:rows].contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _needs_cpu(device: torch.device) -> str | None:
-    return None if device.type == "cpu" else "it is for a CPU"
+def onednn_prepare(weight: torch.Tensor) -> torch.Tensor:
+    """The weight [out, in] in oneDNN's blocked layout; ValueError for a dtype but float32 and bfloat16."""
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"oneDNN multiplies float32 and bfloat16 on a CPU, not {weight.dtype}: choose one of these, or "
+            "kernels=KernelSet.default().replace(linear='reference')"
+        )
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def _needs_onednn(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "it is for a CPU"
+    return None if torch.backends.mkldnn.is_available() else "this PyTorch is built without oneDNN"
 
 
 OP = Op(
     "linear",
     reference=linear_reference,
-    implementations={"weight_first": Implementation(weight_first_linear, _needs_cpu)},
+    implementations={"onednn": Implementation(onednn_linear, _needs_onednn, onednn_prepare)},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ def load_model(
         _read_weights(model, checkpoint, sources, progress)
     else:
         _draw_weights(model)
-    model.make_rotary_table()
+    model.prepare()
     return model.eval()
 
 
@@ -80,6 +81,10 @@ def parameter_sources(config: ModelConfig) -> dict[str, Shapes]:
     if not config.tied_head:
         sources["head"] = {"lm_head.weight": (config.vocab_size, hidden)}
     return sources
+
+
+def num_parameters(config: ModelConfig) -> int:
+    return sum(prod(shape) for tensors in parameter_sources(config).values() for shape in tensors.values())
 
 
 def check_tensors(shapes: Shapes, sources: Mapping[str, Shapes]) -> None:

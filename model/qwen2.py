@@ -115,9 +115,18 @@ class Qwen2(nn.Module):
         self.head = self.embedding if config.tied_head else _weight(config.vocab_size, config.hidden_size)
         self.max_length = max_length
 
-    def make_rotary_table(self) -> None:
-        """Fills the rotary table on the weights' device, which a model built on the meta device gets later."""
+    def prepare(self) -> None:
+        """To be called once when the weights are there: makes the rotary table beside them, and puts each projection's
+        weight into the layout that the `linear` kernel wants. A tied head that needs another than the embedding's takes
+        memory of its own.
+        """
         self.cos, self.sin = self.config.rope.table(self.config.head_dim, self.max_length, self.embedding.device)
+        for module in self.modules():
+            for name in ("qkv_weight", "o_weight", "gate_up_weight", "down_weight", "head"):
+                if name in module._parameters:
+                    prepared = self.kernels.prepare("linear", getattr(module, name))
+                    delattr(module, name)
+                    setattr(module, name, prepared)
 
     def forward(self, token_ids: torch.Tensor, cache: list[LayerCache], where: AttentionMetadata) -> torch.Tensor:
         """The final hidden state of each token; its keys and values go into the cache on the way.

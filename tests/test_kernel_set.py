@@ -6,7 +6,7 @@ import pytest
 import torch
 from microvllm import KernelSet
 from microvllm.kernels.kernel_set import OPS
-from microvllm.kernels.linear import linear_reference, weight_first_linear
+from microvllm.kernels.linear import linear_reference, onednn_linear
 from microvllm.kernels.op import Implementation, Op
 
 CPU = torch.device("cpu")
@@ -40,8 +40,8 @@ def test_the_reference_set_runs_every_reference():
 
 def test_the_default_on_a_cpu_runs_what_can_run_there():
     kernels = KernelSet.default("cpu")
-    assert dict(kernels.names) == {name: "reference" for name in NAMES} | {"linear": "weight_first"}
-    assert kernels.linear is weight_first_linear
+    assert dict(kernels.names) == {name: "reference" for name in NAMES} | {"linear": "onednn"}
+    assert kernels.linear is onednn_linear
     assert kernels.swiglu is OPS["swiglu"].reference
 
 
@@ -58,7 +58,8 @@ def test_an_operator_prefers_its_first_implementation_that_can_run():
     assert op.default(CPU) == "good"
     assert op.unavailable("elsewhere", CPU) == "it is for another machine"
     assert op.unavailable("good", CPU) is None and op.unavailable("reference", CPU) is None
-    assert (op.choose("good"), op.choose("elsewhere"), op.choose("reference")) == (max, min, abs)
+    chosen = [op.choose(name).function for name in ("good", "elsewhere", "reference")]
+    assert chosen == [max, min, abs]
     assert Op("g", reference=abs).default(CPU) == "reference"
 
 
@@ -70,28 +71,28 @@ def test_replace_by_name_changes_one_operator_of_a_new_set():
     before = KernelSet.default("cpu")
     after = before.replace(linear="reference")
     assert (after.linear, after.names["linear"]) == (linear_reference, "reference")
-    assert (before.linear, before.names["linear"]) == (weight_first_linear, "weight_first")
+    assert (before.linear, before.names["linear"]) == (onednn_linear, "onednn")
     assert all(getattr(after, name) is getattr(before, name) for name in NAMES - {"linear"})
 
 
 def test_replace_takes_any_callable_and_names_it():
-    kernels = KernelSet.reference().replace(swiglu=doubled, linear="weight_first")
+    kernels = KernelSet.reference().replace(swiglu=doubled, linear="onednn")
     assert kernels.swiglu is doubled
-    assert (kernels.names["swiglu"], kernels.names["linear"]) == ("doubled", "weight_first")
+    assert (kernels.names["swiglu"], kernels.names["linear"]) == ("doubled", "onednn")
     assert kernels.swiglu(torch.ones(1, 2)).tolist() == [[2, 2]]
 
 
 def test_a_second_swap_keeps_the_first():
-    kernels = KernelSet.reference().replace(swiglu=doubled).replace(linear="weight_first")
-    assert (kernels.swiglu, kernels.linear) == (doubled, weight_first_linear)
-    assert (kernels.names["swiglu"], kernels.names["linear"]) == ("doubled", "weight_first")
+    kernels = KernelSet.reference().replace(swiglu=doubled).replace(linear="onednn")
+    assert (kernels.swiglu, kernels.linear) == (doubled, onednn_linear)
+    assert (kernels.names["swiglu"], kernels.names["linear"]) == ("doubled", "onednn")
 
 
 @pytest.mark.parametrize(
     "swap, message",
     [
         ({"rmsnorm": "reference"}, "there is no operator 'rmsnorm'; there are: rms_norm, add_rms_norm, linear"),
-        ({"linear": "weightfirst"}, "operator linear has no implementation 'weightfirst'; it has: weight_first, refer"),
+        ({"linear": "oneDNN"}, "operator linear has no implementation 'oneDNN'; it has: onednn, refer"),
         ({"swiglu": "triton"}, "operator swiglu has no implementation 'triton'; it has: reference$"),
         ({"swiglu": 3}, "swiglu=3 is neither an implementation's name nor a callable"),
     ],
@@ -117,3 +118,12 @@ def test_its_text_says_what_runs_where():
     others = ", ".join(name for name in OPS if name != "swiglu")
     assert str(kernels) == f"reference: {others}; doubled: swiglu"
     assert repr(kernels) == f"KernelSet({kernels})"
+
+
+def test_a_weight_is_prepared_by_the_implementation_that_reads_it():
+    weight = torch.randn(8, 4)
+    x = torch.randn(3, 4)
+    for kernels in (KernelSet.default("cpu"), KernelSet.reference()):
+        torch.testing.assert_close(kernels.linear(x, kernels.prepare("linear", weight)), x @ weight.t())
+    assert KernelSet.default("cpu").prepare("linear", weight).is_mkldnn
+    assert KernelSet.default("cpu").replace(linear=lambda x, weight, bias=None: x).prepare("linear", weight) is weight

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from microvllm.kernels.linear import linear_reference, weight_first_linear
+from microvllm.kernels.linear import linear_reference, onednn_linear, onednn_prepare
 from microvllm.kernels.paged_attention import paged_attention_reference
 from microvllm.kernels.prefill_attention import flash_attn_prefill, prefill_attention_reference
 from microvllm.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
@@ -236,7 +236,7 @@ class TestPrefillAttention:
 class TestLinear:
     @pytest.mark.parametrize("rows", [1, 2, 3, 8, 33])
     @pytest.mark.parametrize("with_bias", [False, True])
-    def test_the_reference_and_weight_first_are_the_formula(self, rows, with_bias):
+    def test_the_reference_and_onednn_are_the_formula(self, rows, with_bias):
         x, weight = random(rows, 5), random(7, 5, seed=1)
         bias = random(7, seed=2) if with_bias else None
         formula = [
@@ -246,17 +246,21 @@ class TestLinear:
             ]
             for row in x.tolist()
         ]
-        for implementation in (linear_reference, weight_first_linear):
-            y = implementation(x, weight, bias)
-            assert y.shape == (rows, 7) and y.is_contiguous()
-            assert_equal(y, formula)
+        assert_equal(linear_reference(x, weight, bias), formula)
+        assert_equal(
+            onednn_linear(x.float(), onednn_prepare(weight.float()), bias if bias is None else bias.float()), formula
+        )
 
     @pytest.mark.parametrize("rows", [1, 2, 3, 8, 33])
-    def test_weight_first_takes_any_strides_and_changes_nothing(self, rows):
-        x, weight = random(5, rows).t(), random(7, 10, seed=1)[:, ::2]
+    def test_onednn_takes_any_strides_and_changes_nothing(self, rows):
+        x, weight = random(5, rows).t().float(), random(7, 10, seed=1)[:, ::2].float()
         kept = x.clone(), weight.clone()
-        torch.testing.assert_close(weight_first_linear(x, weight), linear_reference(x, weight))
+        torch.testing.assert_close(onednn_linear(x, onednn_prepare(weight)), linear_reference(x, weight))
         assert x.equal(kept[0]) and weight.equal(kept[1])
+
+    def test_onednn_refuses_dtypes_it_does_not_multiply(self):
+        with pytest.raises(ValueError, match=r"float32 and bfloat16 on a CPU, not torch.float16.*linear='reference'"):
+            onednn_prepare(torch.zeros(4, 4, dtype=torch.float16))
 
 
 class TestFlashAttn:
