@@ -108,13 +108,9 @@ def main() -> None:
                 row[f"× {options.peer}"] = row["tokens/s"] / median(t["tokens/s"] for t in turns[options.peer])
             rows.append(row)
     print(table(rows))
-    about = {
-        "model": Path(options.model).name,
-        "dtype": options.dtype,
-        "prompt": options.prompt,
-        "tokens": options.tokens,
-    }
-    print(save(f"engine-{options.peer or 'alone'}", rows, **about, kernels=ours.kernels))
+    model = Path(options.model).name
+    about = {"model": model, "dtype": str(ours.dtype), "prompt": options.prompt, "tokens": options.tokens}
+    print(save(f"engine-{model}-{options.peer or 'alone'}", rows, **about, kernels=ours.kernels))
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ class KernelSet:
         raise AttributeError(f"a KernelSet cannot change; use kernels.replace({name}=...)")
 
     @property
-    def names(self) -> dict[str, str]:
+    def names(self) -> Mapping[str, str]:
         """The name of the implementation that each operator runs."""
-        return {op: name for op, (name, _) in self._chosen.items()}
+        return MappingProxyType({op: name for op, (name, _) in self._chosen.items()})
 
     def prepare(self, op: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight as the implementation of `op` wants it; the same tensor where that is the canonical layout."""

@@ -247,9 +247,8 @@ class TestLinear:
             for row in x.tolist()
         ]
         assert_equal(linear_reference(x, weight, bias), formula)
-        assert_equal(
-            onednn_linear(x.float(), onednn_prepare(weight.float()), bias if bias is None else bias.float()), formula
-        )
+        narrow = onednn_linear(x.float(), onednn_prepare(weight.float()), None if bias is None else bias.float())
+        torch.testing.assert_close(narrow, torch.tensor(formula, dtype=torch.float32))
 
     @pytest.mark.parametrize("rows", [1, 2, 3, 8, 33])
     def test_onednn_takes_any_strides_and_changes_nothing(self, rows):
