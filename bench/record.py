@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -69,6 +70,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
+    """The checkout's commit; a copy of it without git is told by the environment variable MICROVLLM_COMMIT."""
+    if told := os.environ.get("MICROVLLM_COMMIT"):
+        return told
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
 
