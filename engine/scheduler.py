@@ -123,12 +123,13 @@ class Scheduler:
         decodes = self._aligned_decodes(horizon)
         while not self._make_room(decodes):
             decodes = self._aligned_decodes(horizon)
-        chunks, held_back = self._prefill_aged(horizon)
+        begun = [seq for seq in self.running if len(seq.token_ids) - seq.num_computed > 1]
+        chunks, held_back = self._prefill_aged(begun, horizon)
         if held_back is not None:
             decodes = [seq for seq in decodes if seq.id < held_back]
         else:
             # What has just been preempted must not take back the blocks that it was preempted for.
-            self._prefill_by_policy(chunks, horizon, admit=self.num_preemptions == preemptions)
+            self._prefill_by_policy(chunks, begun, horizon, admit=self.num_preemptions == preemptions)
         if self.num_preemptions > preemptions:
             # A preempted sequence may be back already, with a chunk: what it shares with others costs it no block.
             prefilled = {chunk.seq for chunk in chunks}
@@ -145,9 +146,6 @@ class Scheduler:
         for chunk in batch.chunks:
             if chunk.seq.status is running:
                 chunk.seq.num_computed = chunk.end
-        for seq in batch.decodes:
-            if seq.status is running:
-                seq.num_computed = len(seq.token_ids)
         num_prefilled = len(batch.sampled) - len(batch.decodes)
         for i, (seq, token) in enumerate(zip(batch.sampled, tokens, strict=True)):
             if seq.status is not running:
@@ -155,8 +153,8 @@ class Scheduler:
             if token < 0:
                 self.finish(seq, "error")
                 continue
+            seq.num_computed = computed = len(seq.token_ids)
             # Others may share these blocks only now: had they held NaN, so would the logits.
-            computed = seq.num_computed
             if i < num_prefilled or computed % block_size == 0 or computed == seq.num_prompt:
                 self.cache.commit(seq.id, seq.token_ids, computed)
             seq.token_ids.append(token)
@@ -184,29 +182,29 @@ class Scheduler:
                 return False
         return True
 
-    def _prefill_aged(self, horizon: float) -> tuple[list[Chunk], int | None]:
+    def _prefill_aged(self, begun: list[Sequence], horizon: float) -> tuple[list[Chunk], int | None]:
         """Chunks of aged requests in order of arrival, later arrivals preempted where they are in the way.
 
         → the chunks, and the id of the first aged request that gets nothing: none that came after it may be served
         """
         chunks, budget = [], self.max_prefill_tokens
-        for seq in self._aged_unprefilled(horizon):
+        for seq in self._aged_unprefilled(begun, horizon):
             if budget == 0 or (seq.status is Status.WAITING and not self._admit_over_later(seq)):
                 return chunks, seq.id
             budget -= self._add_chunk(chunks, seq, budget)
         return chunks, None
 
-    def _aged_unprefilled(self, horizon: float) -> Iterator[Sequence]:
+    def _aged_unprefilled(self, begun: list[Sequence], horizon: float) -> Iterator[Sequence]:
         """Aged requests with more than a token to compute, by arrival; the caller may admit and preempt meanwhile."""
-        begun = deque(s for s in self.running if s.arrival_time <= horizon and s.num_uncomputed > 1)
+        aged = deque(seq for seq in begun if seq.arrival_time <= horizon)
         while True:
-            while begun and begun[0].status is not Status.RUNNING:
-                begun.popleft()
+            while aged and aged[0].status is not Status.RUNNING:
+                aged.popleft()
             oldest = self.waiting.oldest()
             if oldest is not None and oldest.arrival_time > horizon:
                 oldest = None
-            if begun and (oldest is None or begun[0].id < oldest.id):
-                yield begun.popleft()
+            if aged and (oldest is None or aged[0].id < oldest.id):
+                yield aged.popleft()
             elif oldest is not None:
                 yield oldest
             else:
@@ -219,11 +217,11 @@ class Scheduler:
             self.preempt(self.running[-1])
         return True
 
-    def _prefill_by_policy(self, chunks: list[Chunk], horizon: float, *, admit: bool) -> None:
+    def _prefill_by_policy(self, chunks: list[Chunk], begun: list[Sequence], horizon: float, *, admit: bool) -> None:
         """Chunks of what is begun, then, if asked to, of what the policy admits, as far as the budget goes."""
         budget = self.max_prefill_tokens - sum(chunk.length for chunk in chunks)
-        begun = [s for s in self.running if len(s.token_ids) - s.num_computed > 1 and s.arrival_time > horizon]
-        for seq in sorted(begun, key=self.policy.order):
+        younger = [seq for seq in begun if seq.arrival_time > horizon and seq.status is Status.RUNNING]
+        for seq in sorted(younger, key=self.policy.order):
             if budget:
                 budget -= self._add_chunk(chunks, seq, budget)
         while admit and budget and len(self.running) < self.max_batch_size:
