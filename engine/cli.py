@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from ..kernels.kernel_set import OPS, KernelSet
@@ -168,22 +169,39 @@ def _summary(engine: InferenceEngine, outputs: list[RequestOutput]) -> str:
     )
 
 
+class _ControlC:
+    """Ctrl-C as a flag, `asked`, so that it strikes between tokens and not within a step; a second one raises."""
+
+    def __enter__(self) -> _ControlC:
+        self.asked = False
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+
 def _answer(engine: InferenceEngine, prompt: Prompt, params: SamplingParams) -> tuple[str, RequestOutput | None]:
     """Streams an answer → its text and its output; Ctrl-C ends it early, and then there is no output."""
     stream = engine.stream_generate(prompt, params)
     text = ""
-    try:
-        while True:
-            _, piece = next(stream)
+    with _ControlC() as control_c:
+        while not control_c.asked:
+            try:
+                _, piece = next(stream)
+            except StopIteration as end:
+                print()
+                return text, end.value
             text += piece
             print(piece, end="", flush=True)
-    except StopIteration as end:
-        print()
-        return text, end.value
-    except KeyboardInterrupt:
-        stream.close()
-        print(" [stopped]")
-        return text, None
+    stream.close()
+    print(" [stopped]")
+    return text, None
 
 
 def _chat(options: argparse.Namespace) -> int:

@@ -8,10 +8,8 @@ from microvllm import InferenceEngine
 from microvllm.model.checkpoint import resolve
 from transformers import AutoModelForCausalLM
 
-from .parity import RecordingSampler
-from .small_models import transformers_logits
+from .parity import TOKENS, RecordingSampler, assert_like_transformers
 
-TOKENS = 64
 PROMPTS = [
     "The three branches of the government of the United States are",
     "def fibonacci(n):\n    ",
@@ -42,14 +40,4 @@ def engine(model):
 def test_64_greedy_tokens_are_transformers_own(model, engine, prompts):
     """One forward pass over prompt and tokens proves it: each token is the likeliest after those before it."""
     outputs = engine.generate([engine.tokenizer.encode(prompt) for prompt in prompts], max_tokens=TOKENS)
-    for output in outputs:
-        tokens = output.token_ids
-        assert len(tokens) == TOKENS
-        expected = transformers_logits(model, output.prompt + tokens)[len(output.prompt) - 1 : -1]
-        got = torch.stack([engine.runner.sampler.logits[output.request_id, i] for i in range(TOKENS)])
-        difference = (got - expected).abs().max()
-        assert difference <= 1e-4 * expected.abs().max()
-        assert tokens == expected.argmax(dim=-1).tolist()
-        first, second = expected.topk(2, dim=-1).values.unbind(dim=-1)
-        assert (first - second).min() >= 10 * difference, "a close call: the comparison of tokens would be luck"
-        assert len(set(tokens)) >= 20, "a text in circles: a broken model could pass"
+    assert_like_transformers(model, engine, outputs, distinct=20)
