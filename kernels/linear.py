@@ -16,8 +16,8 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As `linear_reference`, by oneDNN on a CPU, with a weight from `onednn_prepare`.
 
-    MKL, which `F.linear` calls, is slow for few rows on processors that are not Intel's: in float32 on 2 cores of an
-    EPYC 9004, W [3072, 576], it takes 1.9 times as long for one row, 2.6 for 8, 2.7 for 16 and 1.5 for 256.
+    MKL, which `F.linear` calls, is slow for few rows on processors that are not Intel's. What that costs shows beside
+    transformers, which calls it: `python -m bench.engine --peer transformers`.
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
