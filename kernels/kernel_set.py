@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 import torch
 
-from . import linear, paged_attention, prefill_attention, rms_norm, rotary, sampling, store_kv, swiglu
+from . import (
+    append_attention,
+    linear,
+    paged_attention,
+    prefill_attention,
+    rms_norm,
+    rotary,
+    rotary_store_kv,
+    sampling,
+    swiglu,
+)
 from .op import REFERENCE, Implementation, Op
 
-OPS: Mapping[str, Op] = MappingProxyType(
-    {
-        op.name: op
-        for op in (
-            rms_norm.OP,
-            rms_norm.ADD_OP,
-            linear.OP,
-            rotary.OP,
-            store_kv.OP,
-            paged_attention.OP,
-            prefill_attention.OP,
-            swiglu.OP,
-            sampling.OP,
-        )
-    }
+
+def _by_name(ops: Iterable[Op]) -> Mapping[str, Op]:
+    return MappingProxyType({op.name: op for op in ops})
+
+
+OPS: Mapping[str, Op] = _by_name(
+    (
+        rms_norm.OP,
+        rms_norm.ADD_OP,
+        linear.OP,
+        rotary_store_kv.OP,
+        paged_attention.OP,
+        prefill_attention.OP,
+        swiglu.OP,
+        sampling.OP,
+    )
 )
+"""The operators that an engine runs."""
+
+STANDALONE: Mapping[str, Op] = _by_name((rotary.OP, append_attention.OP))
+"""Operators that no engine runs: parts and comparisons."""
+
+_IN_PLACE_OF = {
+    "rotary": "rotary_store_kv, which contains it",
+    "append_attention": "rotary_store_kv and paged_attention, which together are it",
+}
 
 
 class KernelSet:
@@ -69,10 +89,12 @@ class KernelSet:
         """A KernelSet with some operators swapped, each for an implementation's name or for any callable.
 
         A callable gets weights in their canonical layout. ValueError for an operator or an implementation that does not
-        exist.
+        exist, and for an operator that no engine runs.
         """
         chosen = dict(self._chosen)
         for op, swap in swaps.items():
+            if op in STANDALONE:
+                raise ValueError(f"no engine runs the operator {op!r}; it runs {_IN_PLACE_OF[op]}")
             if op not in OPS:
                 raise ValueError(f"there is no operator {op!r}; there are: {', '.join(OPS)}")
             if isinstance(swap, str):

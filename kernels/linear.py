@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from .op import Implementation, Op
+from .dependent_launch import allow_next, dependent_launch, has_dependent_launch, wait_for_previous
+from .op import Case, Cost, Implementation, Op, needs_gpu
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -24,12 +29,18 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 def onednn_prepare(weight: torch.Tensor) -> torch.Tensor:
     """The weight [out, in] in oneDNN's blocked layout; ValueError for a dtype but float32 and bfloat16."""
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"oneDNN multiplies float32 and bfloat16 on a CPU, not {weight.dtype}: choose one of these, or "
-            "kernels=KernelSet.default().replace(linear='reference')"
-        )
+    if words := _onednn_refuses(weight=weight):
+        raise ValueError(words)
     return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def _onednn_refuses(*, weight: torch.Tensor, **rest: Any) -> str | None:
+    if weight.dtype in (torch.float32, torch.bfloat16):
+        return None
+    return (
+        f"oneDNN multiplies float32 and bfloat16 on a CPU, not {weight.dtype}: choose one of these, or "
+        "kernels=KernelSet.default().replace(linear='reference')"
+    )
 
 
 def _needs_onednn(device: torch.device) -> str | None:
@@ -38,8 +49,269 @@ def _needs_onednn(device: torch.device) -> str | None:
     return None if torch.backends.mkldnn.is_available() else "this PyTorch is built without oneDNN"
 
 
+@triton.jit
+def _one_row_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    outputs,
+    inputs,
+    weight_stride,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """BLOCK_OUT rows of the weight times one x, by plain products: the matrix unit would idle on 15 rows of 16."""
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inside = out < outputs
+    columns = tl.arange(0, BLOCK_IN)
+    weight_row = weight_ptr + out.to(tl.int64)[:, None] * weight_stride
+    acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+    for start in tl.range(0, inputs, BLOCK_IN, loop_unroll_factor=UNROLL):
+        column = start + columns
+        if EVEN:
+            x = tl.load(x_ptr + column)
+            weight = tl.load(weight_row + column[None, :], mask=inside[:, None], eviction_policy="evict_first")
+        else:
+            x = tl.load(x_ptr + column, mask=column < inputs, other=0.0)
+            weight = tl.load(
+                weight_row + column[None, :],
+                mask=inside[:, None] & (column < inputs)[None, :],
+                other=0.0,
+                eviction_policy="evict_first",
+            )
+        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    y = tl.sum(acc, 1)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + out, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _few_rows_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    outputs,
+    inputs,
+    x_stride,
+    weight_stride,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """BLOCK_OUT rows of the weight times a split's share of the inputs of all of x; y [splits, rows, outputs].
+
+    The weight is the left operand, because 64 rows are the least that the matrix unit takes.
+    """
+    allow_next(DEPENDENT)
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    row = tl.arange(0, BLOCK_ROWS)
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    columns = tl.arange(0, BLOCK_IN)
+    weight_row = weight_ptr + out.to(tl.int64)[:, None] * weight_stride
+    x_row = x_ptr + row[None, :] * x_stride
+    steps = (inputs + BLOCK_IN - 1) // BLOCK_IN
+    acc = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+    for step in tl.range(steps * split // splits, steps * (split + 1) // splits, num_stages=STAGES):
+        column = step * BLOCK_IN + columns
+        if EVEN:
+            weight = tl.load(weight_row + column[None, :], eviction_policy="evict_first")
+            x = tl.load(x_row + column[:, None], mask=(row < rows)[None, :], other=0.0)
+        else:
+            inside = column < inputs
+            weight = tl.load(
+                weight_row + column[None, :],
+                mask=(out < outputs)[:, None] & inside[None, :],
+                other=0.0,
+                eviction_policy="evict_first",
+            )
+            x = tl.load(x_row + column[:, None], mask=(row < rows)[None, :] & inside[:, None], other=0.0)
+        acc = tl.dot(weight, x, acc, input_precision="ieee")
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + out, mask=out < outputs, other=0.0).to(tl.float32)[:, None]
+    tl.store(
+        y_ptr + (split * rows + row[None, :]).to(tl.int64) * outputs + out[:, None],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=(row < rows)[None, :] & (out < outputs)[:, None],
+    )
+
+
+@triton.jit
+def _sum_kernel(
+    part_ptr, bias_ptr, y_ptr, outputs, size, BLOCK: tl.constexpr, SPLITS: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    """y = Σ part_i + bias, in the order of the splits."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    wait_for_previous(DEPENDENT)
+    y = tl.load(part_ptr + place, mask=inside, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        y += tl.load(part_ptr + split * size + place, mask=inside, other=0.0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + place % outputs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+SKINNY_ROWS = 64
+"""More rows than these cuBLAS multiplies: with 128 it was faster at every product of Qwen2-7B."""
+
+# The launches below are the best of a sweep over Qwen2-7B's five products in bfloat16 on an H200 (132 multiprocessors),
+# `python -m bench.tune linear`; `python -m bench.kernels linear` times what they choose beside cuBLAS.
+_MULTIPROCESSORS = 132
+
+
+def _one_row_launch(outputs: int) -> dict[str, int]:
+    """A warp for each output, or for two, where the first would be more programs than a GPU runs at once (32 each)."""
+    if outputs <= 32 * _MULTIPROCESSORS:
+        return {"BLOCK_OUT": 1, "BLOCK_IN": 256, "UNROLL": 1, "num_warps": 1}
+    return {"BLOCK_OUT": 2, "BLOCK_IN": 256, "UNROLL": 2, "num_warps": 1}
+
+
+def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | None:
+    """Tile, splits of the inputs, stages of loads in flight and warps; None where cuBLAS is faster.
+
+    The splits give every multiprocessor something to read: two programs each for up to 16 rows, one for more, whose
+    tiles of x leave room for no second.
+    """
+    tiles = triton.cdiv(outputs, 64)
+    if rows <= 16:
+        splits = min(round(2 * _MULTIPROCESSORS / tiles), inputs // 256)
+        return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": max(splits, 1), "STAGES": 3, "num_warps": 4}
+    if tiles >= 8 * _MULTIPROCESSORS:
+        return {"BLOCK_OUT": 128, "BLOCK_IN": 128, "SPLITS": 1, "STAGES": 4, "num_warps": 8}
+    if tiles >= 2 * _MULTIPROCESSORS:
+        return {"BLOCK_OUT": 128, "BLOCK_IN": 64, "SPLITS": 1, "STAGES": 3, "num_warps": 8}
+    splits = min(_MULTIPROCESSORS // tiles, inputs // 256)
+    if tiles * splits < 0.75 * _MULTIPROCESSORS:
+        return None
+    return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": splits, "STAGES": 5, "num_warps": 4}
+
+
+def skinny_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """As `linear_reference`, in Triton for up to 64 rows, where reading the weight takes longer than the products.
+
+    For more rows, and for the sizes where `_few_rows_launch` says that cuBLAS is faster, cuBLAS computes it. Equal
+    inputs give equal bits. ValueError for shapes and dtypes that do not fit each other.
+    """
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"linear: x is {list(x.shape)} and weight {list(weight.shape)}, not [tokens, in] and [out, in]"
+        )
+    if x.dtype != weight.dtype:
+        raise ValueError(f"linear: x is {x.dtype} and weight {weight.dtype}")
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    if rows > SKINNY_ROWS or x.stride(1) != 1 or weight.stride(1) != 1:
+        return F.linear(x, weight, bias)
+    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    if rows == 1:
+        launch = _one_row_launch(outputs)
+        even = inputs % launch["BLOCK_IN"] == 0
+        grid = (triton.cdiv(outputs, launch["BLOCK_OUT"]),)
+        _one_row_kernel[grid](x, weight, bias, y, outputs, inputs, weight.stride(0), EVEN=even, **launch)
+        return y
+    launch = _few_rows_launch(rows, outputs, inputs)
+    if launch is None:
+        return F.linear(x, weight, bias)
+    if rows:
+        _few_rows(x, weight, bias, y, **launch)
+    return y
+
+
+def _few_rows(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, SPLITS: int, **launch: int
+) -> None:
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    whole = SPLITS == 1
+    parts = y if whole else torch.empty(SPLITS, rows, outputs, dtype=torch.float32, device=x.device)
+    _few_rows_kernel[(triton.cdiv(outputs, launch["BLOCK_OUT"]), SPLITS)](
+        x,
+        weight,
+        bias if whole else None,
+        parts,
+        rows,
+        outputs,
+        inputs,
+        x.stride(0),
+        weight.stride(0),
+        BLOCK_ROWS=max(16, triton.next_power_of_2(rows)),
+        EVEN=outputs % launch["BLOCK_OUT"] == 0 and inputs % launch["BLOCK_IN"] == 0,
+        DEPENDENT=has_dependent_launch(x.device),
+        **launch,
+    )
+    if not whole:
+        block = 512
+        _sum_kernel[(triton.cdiv(rows * outputs, block),)](
+            parts, bias, y, outputs, rows * outputs, BLOCK=block, SPLITS=SPLITS, **dependent_launch(x.device)
+        )
+
+
+def make_inputs(
+    rows: int,
+    outputs: int,
+    inputs: int,
+    bias: bool = False,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device, generator=generator)
+
+    weight = random(outputs, inputs).mul_(inputs**-0.5)
+    return {"x": random(rows, inputs), "weight": weight, "bias": random(outputs) if bias else None}
+
+
+def cost(rows: int, outputs: int, inputs: int, bias: bool = False, *, itemsize: int) -> Cost:
+    read = (rows + outputs) * inputs + (outputs if bias else 0)
+    return Cost(read * itemsize, rows * outputs * itemsize, 2 * rows * outputs * inputs)
+
+
+_QWEN2_7B = (
+    {"outputs": 4608, "inputs": 3584, "bias": True},
+    {"outputs": 3584, "inputs": 3584},
+    {"outputs": 37888, "inputs": 3584},
+    {"outputs": 3584, "inputs": 18944},
+    {"outputs": 152064, "inputs": 3584},
+)
+_QWEN2_HALF_B = (
+    {"outputs": 1152, "inputs": 896, "bias": True},
+    {"outputs": 896, "inputs": 896},
+    {"outputs": 9728, "inputs": 896},
+    {"outputs": 896, "inputs": 4864},
+    {"outputs": 151936, "inputs": 896},
+)
+
 OP = Op(
     "linear",
     reference=linear_reference,
-    implementations={"onednn": Implementation(onednn_linear, _needs_onednn, onednn_prepare)},
+    implementations={
+        "onednn": Implementation(onednn_linear, _needs_onednn, onednn_prepare, refuses=_onednn_refuses),
+        "skinny": Implementation(skinny_linear, needs_gpu),
+    },
+    inputs=make_inputs,
+    cost=cost,
+    cases=(
+        Case(rows=1, outputs=5, inputs=1024, bias=True),
+        Case(rows=1, outputs=7, inputs=1000),
+        Case(rows=2, outputs=130, inputs=264, bias=True),
+        Case(rows=8, outputs=192, inputs=640),
+        Case(rows=16, outputs=64, inputs=1000, bias=True),
+        Case(rows=35, outputs=256, inputs=384, bias=True),
+        Case(rows=64, outputs=64, inputs=128),
+        Case(rows=65, outputs=64, inputs=128, bias=True),
+        Case(rows=0, outputs=64, inputs=128),
+    ),
+    large_cases=tuple(
+        Case(rows=rows, **product) for product in (*_QWEN2_7B, *_QWEN2_HALF_B) for rows in (1, 8, 35, 128)
+    ),
 )

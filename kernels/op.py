@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from .check import Report
+    from .measure import Measurement
 
 REFERENCE = "reference"
 
 
-def _runs_anywhere(device: torch.device) -> str | None:
+def runs_anywhere(device: torch.device) -> str | None:
     return None
+
+
+def needs_gpu(device: torch.device) -> str | None:
+    """Why a Triton kernel cannot run on `device`; on a CPU only Triton's interpreter runs it, which is for tests."""
+    return None if device.type == "cuda" else "Triton compiles for a GPU"
 
 
 @dataclass(frozen=True)
@@ -22,20 +33,65 @@ class Implementation:
     unavailable:  given a device, says in words why the implementation cannot run there, or None where it can
     prepare:      given a weight in its one canonical layout, returns it in the layout that `function` wants; it is
                   called once for each weight when a model is loaded, and the canonical one is then dropped
+    refuses:      given a case's inputs, says in words why the implementation does not take them (a block size, a
+                  dtype), or None where it does; `function` raises ValueError with these words
     """
 
     function: Callable
-    unavailable: Callable[[torch.device], str | None] = _runs_anywhere
+    unavailable: Callable[[torch.device], str | None] = runs_anywhere
     prepare: Callable[[torch.Tensor], torch.Tensor] | None = None
+    refuses: Callable[..., str | None] | None = None
+
+
+@dataclass(frozen=True, init=False)
+class Case:
+    """The sizes of one call, by the names that the operator's `inputs` and `cost` take: Case(tokens=1, hidden=896)"""
+
+    sizes: Mapping[str, Any]
+
+    def __init__(self, **sizes: Any):
+        object.__setattr__(self, "sizes", MappingProxyType(sizes))
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.sizes.items())
+
+    def __repr__(self) -> str:
+        return f"Case({', '.join(f'{name}={value!r}' for name, value in self.sizes.items())})"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least that a call must do: bytes read from memory, bytes written to it, floating-point operations."""
+
+    read: int
+    written: int = 0
+    flops: int = 0
 
 
 @dataclass(frozen=True)
 class Op:
-    """An operator's name, its reference, and its other implementations by name, the preferred one first."""
+    """An operator.
+
+    reference:        the function in plain PyTorch, for anyone to check by eye, in the dtype of what it is given
+    implementations:  the others by name, the preferred one first
+    inputs:           inputs(**case.sizes, dtype, device, generator) → the arguments of one call by name, drawn from the
+                      torch.Generator; what must not be read holds NaN or an invalid index
+    cost:             cost(**case.sizes, itemsize) → Cost of the call with elements of `itemsize` bytes
+    cases:            edge shapes, small enough for Triton's interpreter
+    large_cases:      sizes of real models, for a GPU; the ones worth timing
+    dtypes:           those it computes in
+    mutates:          names of the arguments that a call changes in place
+    """
 
     name: str
     reference: Callable
     implementations: Mapping[str, Implementation] = field(default_factory=dict)
+    inputs: Callable[..., dict[str, Any]] | None = None
+    cost: Callable[..., Cost] | None = None
+    cases: tuple[Case, ...] = ()
+    large_cases: tuple[Case, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+    mutates: tuple[str, ...] = ()
 
     def choose(self, name: str) -> Implementation:
         """The implementation called `name`; ValueError with the names there are."""
@@ -53,3 +109,15 @@ class Op:
     def default(self, device: torch.device) -> str:
         """The name of the first implementation that can run on `device`, else the reference."""
         return next((name for name in self.implementations if self.unavailable(name, device) is None), REFERENCE)
+
+    def check(self, kernel: str | Callable, cases: Iterable[Case] | None = None, **options: Any) -> Report:
+        """Is it right? `kernel` is an implementation's name or any callable; see `check.check` for the options."""
+        from .check import check
+
+        return check(self, kernel, cases, **options)
+
+    def measure(self, kernel: str | Callable, cases: Iterable[Case] | None = None, **options: Any) -> Measurement:
+        """Is it fast? `kernel` is an implementation's name or any callable; see `measure.measure` for the options."""
+        from .measure import measure
+
+        return measure(self, kernel, cases, **options)

@@ -7,37 +7,16 @@ not on the row, the batch or the step it falls in.
 
 from __future__ import annotations
 
+from itertools import cycle, islice
+from typing import Any
+
 import torch
+import triton
 
-from .op import Op
-
-# SplitMix64 (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195), its constants as signed 64-bit integers.
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
-
-
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
-
-
-def gumbel_noise(seed: torch.Tensor, index: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Standard Gumbel noise for draw `index` of a request with `seed`: seed, index [rows] int64 → [rows, vocab] float32
-
-    The stream of a draw is SplitMix64's, begun at a hash of seed and index; token t takes its t-th number.
-    """
-    stream = _mix(_mix(seed) + index * _GOLDEN_GAMMA)
-    token = torch.arange(1, vocab_size + 1, device=seed.device)
-    bits = _shift_right(_mix(stream.unsqueeze(1) + token * _GOLDEN_GAMMA), 32)
-    # -log(-log(1 - u)) with u in (0, 1): the tail that decides a draw is u near 0, where float32 is finest.
-    u = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-u))
+from .dependent_launch import dependent_launch, has_dependent_launch
+from .gumbel import gumbel_noise
+from .op import Case, Cost, Implementation, Op, needs_gpu
+from .sampling_kernels import draw_kernel, summarize_kernel
 
 
 def sample_reference(
@@ -87,4 +66,219 @@ def _keep_top(scores: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Ten
     return torch.empty_like(scores).scatter_(1, tokens, ordered)
 
 
-OP = Op("sample", reference=sample_reference)
+MAX_VOCAB = 1 << 20
+"""The second launch holds the maxima of a row's groups in registers."""
+
+
+def _launch(vocab: int) -> dict[str, dict[str, int]]:
+    """The constants of each launch and of both; `sampling_kernels` says what they mean.
+
+    A list is ranked by comparing each token with each, so one twice as long takes four times as long. WANTED is meant
+    to hold the nucleus of a peaked distribution; where it does not, four times as many are listed.
+    """
+    chunk = max(512, triton.next_power_of_2(vocab) // 128)
+    group = max(32, triton.next_power_of_2(vocab) // 8192)
+    return {
+        "both": {"GROUP": group},
+        "summarize": {"CHUNK": chunk, "num_warps": chunk // 512},
+        "draw": {"WANTED": 64, "LISTED_GROUPS": 512, "LISTED": 512, "BLOCK": 4096, "num_warps": 16},
+    }
+
+
+def _check(logits: torch.Tensor, columns: dict[str, tuple[torch.Tensor | None, torch.dtype]]) -> None:
+    if logits.dim() != 2 or logits.dtype != torch.float32 or (logits.numel() and logits.stride(1) != 1):
+        raise ValueError(
+            f"logits are [rows, vocab] float32 with contiguous rows, not {list(logits.shape)} {logits.dtype} with "
+            f"strides {logits.stride()}"
+        )
+    if not 0 < logits.shape[1] <= MAX_VOCAB:
+        raise ValueError(f"vocab is 1 to {MAX_VOCAB}, not {logits.shape[1]}")
+    for name, (column, dtype) in columns.items():
+        if column is None:
+            continue
+        if column.shape != logits.shape[:1] or column.dtype != dtype or column.device != logits.device:
+            raise ValueError(
+                f"{name} is [{logits.shape[0]}] {dtype} on {logits.device}, not {list(column.shape)} {column.dtype} on "
+                f"{column.device}"
+            )
+
+
+def top_k_top_p_sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    min_p: torch.Tensor | None,
+    seed: torch.Tensor,
+    index: torch.Tensor,
+) -> torch.Tensor:
+    """As `sample_reference`, in two launches and without a sort. What a row asks for is read on the device.
+
+    Sums of probabilities are rounded otherwise than the reference's, so a token that stands within some 1e-6 of top-p's
+    edge may fall on its other side; ties of logits and scores are resolved exactly. ValueError for logits that are not
+    float32 or whose rows are not contiguous, a vocab over MAX_VOCAB, parameters of another shape, dtype or device.
+    """
+    floats, integers = torch.float32, torch.int64
+    columns = {
+        "temperature": (temperature, floats),
+        "top_k": (top_k, integers),
+        "top_p": (top_p, floats),
+        "min_p": (min_p, floats),
+        "seed": (seed, integers),
+        "index": (index, integers),
+    }
+    _check(logits, columns)
+    rows, vocab = logits.shape
+    drawn = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows == 0:
+        return drawn
+    launch = _launch(vocab)
+    both, summarize, draw = launch["both"], launch["summarize"], launch["draw"]
+    num_chunks, num_groups = triton.cdiv(vocab, summarize["CHUNK"]), triton.cdiv(vocab, both["GROUP"])
+
+    def workspace(width: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(rows, width, dtype=dtype, device=logits.device)
+
+    summary = (
+        workspace(num_chunks, torch.float32),  # chunk_max
+        workspace(num_chunks, torch.float32),  # chunk_sum
+        workspace(num_chunks, torch.int32),  # chunk_winner
+        workspace(num_groups, torch.float32),  # group_max
+    )
+    lists = (
+        workspace(draw["LISTED_GROUPS"], torch.int32),  # group_list
+        workspace(draw["LISTED"], torch.int32),  # token_list
+        workspace(draw["LISTED"], torch.float32),  # score_list
+    )
+    parameters = [None if column is None else column.contiguous() for column, _ in columns.values()]
+    sizes = {"stride_row": logits.stride(0), "vocab": vocab}
+    dependent = has_dependent_launch(logits.device)
+    summarize_kernel[(num_chunks, rows)](
+        logits, *parameters, *summary, **sizes, **both, **summarize, DEPENDENT=dependent
+    )
+    lanes = 32 * draw["num_warps"]
+    draw_kernel[(rows,)](
+        logits,
+        *parameters,
+        *summary,
+        *lists,
+        drawn,
+        **sizes,
+        num_chunks=num_chunks,
+        CHUNKS=triton.next_power_of_2(num_chunks),
+        GROUPS=max(lanes, triton.next_power_of_2(num_groups)),
+        LANES=lanes,
+        **both,
+        **draw,
+        **dependent_launch(logits.device),
+    )
+    return drawn
+
+
+KINDS = {
+    "greedy": (0.0, None, None, None),
+    "temperature": (0.7, None, None, None),
+    "top_k_top_p": (0.7, 50, 0.9, None),
+    "top_p": (1.0, None, 0.9, None),
+    "min_p": (1.0, None, None, 0.05),
+    "all": (1.5, 1000, 0.8, 1e-3),
+}
+"""What rows ask for: temperature, top_k, top_p, min_p."""
+
+
+def make_inputs(
+    rows: int,
+    vocab: int,
+    kind: str,
+    shape: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """kind: one of KINDS, or "mixed": a row of each in turn
+
+    shape:  "flat", normal logits;  "peaked", a language model's: a long tail and above it, far apart, some dozens;
+            "ties", few different values;  "extremes", flat ones a third of which is −inf, in turn with rows that hold
+            a NaN, a +inf or nothing but −inf
+
+    No logits are chosen to put the edge of top-p on a token: rounding would decide which side it falls.
+    """
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.rand(*size, device=device, generator=generator)
+
+    logits = torch.randn(rows, vocab, device=device, generator=generator)
+    if shape == "peaked":
+        high = min(64, vocab)
+        places = torch.randint(vocab, (rows, high), device=device, generator=generator)
+        logits = (2 * logits).scatter_(1, places, 10 + 10 * random(rows, high))
+        logits = logits.bfloat16().float()  # as from a model in bfloat16: with ties
+    elif shape == "ties":
+        logits = (2 * logits).round()
+    elif shape == "extremes":
+        logits[random(rows, vocab) < 1 / 3] = -torch.inf
+        logits[1::4, vocab // 2] = torch.nan
+        logits[2::4, vocab // 3] = torch.inf
+        logits[3::4] = -torch.inf
+    elif shape != "flat":
+        raise ValueError(f"shape={shape!r} is none of flat, peaked, ties, extremes")
+
+    asked = list(islice(cycle(KINDS.values()), rows)) if kind == "mixed" else [KINDS[kind]] * rows
+
+    def column(values: list, off: float, dtype: torch.dtype) -> torch.Tensor | None:
+        if all(value is None for value in values):
+            return None
+        return torch.tensor([off if value is None else value for value in values], dtype=dtype, device=device)
+
+    temperature, top_k, top_p, min_p = ([row[i] for row in asked] for i in range(4))
+    seed = torch.randint(-(1 << 63), (1 << 63) - 1, (rows,), device=device, generator=generator)
+    return {
+        "logits": logits.to(dtype),
+        "temperature": torch.tensor(temperature, dtype=torch.float32, device=device),
+        "top_k": column(top_k, vocab, torch.int64),
+        "top_p": column(top_p, 1.0, torch.float32),
+        "min_p": column(min_p, 0.0, torch.float32),
+        "seed": seed,
+        "index": torch.randint(1000, (rows,), device=device, generator=generator),
+    }
+
+
+def cost(rows: int, vocab: int, kind: str, shape: str, *, itemsize: int) -> Cost:
+    return Cost(read=rows * vocab * itemsize, written=rows * 8)
+
+
+_QWEN2_VOCAB = 152064
+
+OP = Op(
+    "sample",
+    reference=sample_reference,
+    implementations={"triton": Implementation(top_k_top_p_sample, needs_gpu)},
+    inputs=make_inputs,
+    cost=cost,
+    cases=(
+        *(Case(rows=3, vocab=2500, kind=kind, shape="flat") for kind in KINDS),
+        *(Case(rows=2, vocab=4096, kind=kind, shape="peaked") for kind in ("top_k_top_p", "top_p", "min_p")),
+        *(Case(rows=6, vocab=3001, kind="mixed", shape=shape) for shape in ("flat", "peaked", "ties")),
+        Case(rows=12, vocab=3001, kind="mixed", shape="extremes"),
+        Case(rows=4, vocab=20, kind="top_k_top_p", shape="flat"),
+        Case(rows=6, vocab=1, kind="mixed", shape="flat"),
+        Case(rows=0, vocab=100, kind="temperature", shape="flat"),
+    ),
+    large_cases=(
+        *(Case(rows=rows, vocab=_QWEN2_VOCAB, kind="top_k_top_p", shape="peaked") for rows in (1, 8, 35, 128)),
+        *(
+            Case(rows=rows, vocab=_QWEN2_VOCAB, kind=kind, shape=shape)
+            for kind, shape in (
+                ("greedy", "peaked"),
+                ("temperature", "peaked"),
+                ("top_p", "peaked"),
+                ("top_p", "flat"),
+                ("min_p", "peaked"),
+                ("mixed", "peaked"),
+            )
+            for rows in (1, 128)
+        ),
+    ),
+    dtypes=(torch.float32,),
+)

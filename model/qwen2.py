@@ -40,9 +40,8 @@ class Attention(nn.Module):
         if config.qk_norm:
             q = kernels.rms_norm(q, self.q_norm, config.rms_norm_eps)
             k = kernels.rms_norm(k, self.k_norm, config.rms_norm_eps)
-        q, k = kernels.rotary(q, k, cos, sin, where.positions)
         k_cache, v_cache = cache
-        kernels.store_kv(k, v, k_cache, v_cache, where.slot_mapping)
+        q = kernels.rotary_store_kv(q, k, v, cos, sin, where.positions, k_cache, v_cache, where.slot_mapping)
         if where.is_decode:
             out = kernels.paged_attention(q, k_cache, v_cache, where.block_table, where.context_lens, self.scale)
         else:

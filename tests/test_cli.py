@@ -104,7 +104,7 @@ class TestBadOptions:
             (["--stop", ""], "stop=[''] must be a string or several, none of them empty"),
             (
                 ["--kernel", "linear=fast"],
-                "operator linear has no implementation 'fast'; it has: onednn, reference",
+                "operator linear has no implementation 'fast'; it has: onednn, skinny, reference",
             ),
             (["--kernel", "norm=reference"], f"there is no operator 'norm'; there are: {', '.join(OPS)}"),
             (["--kernel", "linear"], "--kernel linear must read OP=NAME"),
@@ -158,8 +158,10 @@ def test_info_has_the_numbers_of_smollm2(capsys):
     assert lines["weights"] == f"{parameters * 4 / 2**30:.2f} GiB in float32 on cpu" == "0.50 GiB in float32 on cpu"
     # 30 layers of 3 heads of 64 numbers of 4 bytes, keys and values
     assert lines["cache"] == f"45.0 KiB a token, {1000 * 45 / 2**20:.2f} GiB for a text of 1000 tokens"
-    assert lines["linear"] == "onednn        reference: available"
-    assert lines["prefill_attention"] == "reference     flash_attn: flash-attn needs a CUDA GPU"
+    assert lines["linear"] == "onednn        skinny: Triton compiles for a GPU; reference: available"
+    assert lines["prefill_attention"] == (
+        "reference     flash_attn: flash-attn needs a CUDA GPU; triton: Triton compiles for a GPU"
+    )
     assert set(OPS) <= set(lines)
 
 

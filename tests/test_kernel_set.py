@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from microvllm import KernelSet
-from microvllm.kernels.kernel_set import OPS
+from microvllm.kernels.kernel_set import OPS, STANDALONE
 from microvllm.kernels.linear import linear_reference, onednn_linear
 from microvllm.kernels.op import Implementation, Op
 
@@ -14,8 +14,7 @@ NAMES = {
     "rms_norm",
     "add_rms_norm",
     "linear",
-    "rotary",
-    "store_kv",
+    "rotary_store_kv",
     "paged_attention",
     "prefill_attention",
     "swiglu",
@@ -29,7 +28,8 @@ def doubled(gate_up):
 
 def test_there_is_an_operator_for_each_name():
     assert set(OPS) == NAMES
-    assert all(op.name == name for name, op in OPS.items())
+    assert set(STANDALONE).isdisjoint(OPS)
+    assert all(op.name == name for ops in (OPS, STANDALONE) for name, op in ops.items())
 
 
 def test_the_reference_set_runs_every_reference():
@@ -92,14 +92,27 @@ def test_a_second_swap_keeps_the_first():
     "swap, message",
     [
         ({"rmsnorm": "reference"}, "there is no operator 'rmsnorm'; there are: rms_norm, add_rms_norm, linear"),
-        ({"linear": "oneDNN"}, "operator linear has no implementation 'oneDNN'; it has: onednn, refer"),
-        ({"swiglu": "triton"}, "operator swiglu has no implementation 'triton'; it has: reference$"),
+        ({"linear": "oneDNN"}, "operator linear has no implementation 'oneDNN'; it has: onednn, "),
+        ({"swiglu": "Triton"}, "operator swiglu has no implementation 'Triton'; it has: triton, reference$"),
         ({"swiglu": 3}, "swiglu=3 is neither an implementation's name nor a callable"),
     ],
 )
 def test_a_misspelt_swap_is_refused_with_the_known_names(swap, message):
     with pytest.raises(ValueError, match=message):
         KernelSet.reference().replace(**swap)
+
+
+def test_the_swap_of_an_operator_that_no_engine_runs_names_the_one_that_it_runs():
+    with pytest.raises(ValueError, match="no engine runs the operator 'rotary'; it runs rotary_store_kv, which"):
+        KernelSet.reference().replace(rotary="triton")
+    for name in STANDALONE:
+        with pytest.raises(ValueError, match=f"no engine runs the operator '{name}'; it runs "):
+            KernelSet.reference().replace(**{name: "reference"})
+
+
+def test_triton_says_why_it_cannot_run_on_a_cpu():
+    for name in ("rms_norm", "add_rms_norm", "rotary_store_kv", "swiglu"):
+        assert OPS[name].unavailable("triton", CPU) == "Triton compiles for a GPU"
 
 
 def test_a_set_cannot_change():

@@ -13,7 +13,7 @@ from microvllm.kernels.paged_attention import paged_attention_reference
 from microvllm.kernels.prefill_attention import flash_attn_prefill, prefill_attention_reference
 from microvllm.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from microvllm.kernels.rotary import rotary_reference
-from microvllm.kernels.store_kv import store_kv_reference
+from microvllm.kernels.rotary_store_kv import rotary_store_kv_reference, store_kv_reference
 from microvllm.kernels.swiglu import swiglu_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,6 +142,21 @@ def test_store_kv_writes_each_row_to_its_slot_and_negative_slots_nowhere():
             row = written.get((block, offset))
             assert k_cache[block, offset].equal(before[block, offset] if row is None else k[row])
             assert v_cache[block, offset].equal(-before[block, offset] if row is None else v[row])
+
+
+def test_rotary_store_kv_is_rotary_and_the_write_of_what_it_rotated():
+    q, k, v = random(3, HEADS, HEAD_DIM), random(3, KV_HEADS, HEAD_DIM, seed=1), random(3, KV_HEADS, HEAD_DIM, seed=2)
+    angles = random(8, HEAD_DIM // 2, seed=3)
+    rotation = angles.cos(), angles.sin(), torch.tensor([5, 0, 7])
+    slots = torch.tensor([6, -1, 1])
+    before = random(2, BLOCK_SIZE, KV_HEADS, HEAD_DIM, seed=4)
+    caches, expected = (before.clone(), -before), (before.clone(), -before)
+    rotated = rotary_store_kv_reference(q, k, v, *rotation, *caches, slots)
+    rotated_q, rotated_k = rotary_reference(q, k, *rotation)
+    store_kv_reference(rotated_k, v, *expected, slots)
+    assert rotated.equal(rotated_q)
+    assert caches[0].equal(expected[0]) and caches[1].equal(expected[1])
+    assert caches[0][1, 2].equal(rotated_k[0]) and not caches[0][1, 2].equal(k[0])
 
 
 class PoisonedCache:

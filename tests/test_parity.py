@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from microvllm import KernelSet
 from microvllm.engine.policy import POLICIES
+from microvllm.kernels.kernel_set import OPS
 from microvllm.kernels.prefill_attention import prefill_attention_reference
-from microvllm.kernels.rotary import rotary_reference
-from microvllm.kernels.store_kv import store_kv_reference
+from microvllm.kernels.rotary_store_kv import rotary_store_kv_reference, store_kv_reference
 
 from .parity import (
     BLOCK_SIZE,
@@ -79,16 +81,18 @@ def test_a_preemption_at_every_possible_step(models, shape, victim, prefix_cachi
     assert engine.stats().preemptions >= TOKENS - 1  # a cached prompt takes fewer steps than the undisturbed run's
 
 
-def no_rope(q, k, cos, sin, positions):
-    return q, k
+def no_rope(q, k, v, cos, sin, positions, *cache):
+    store_kv_reference(k, v, *cache)
+    return q
 
 
-def decode_a_position_late(q, k, cos, sin, positions):
-    return rotary_reference(q, k, cos, sin, positions + 1 if len(positions) == 1 else positions)
+def decode_a_position_late(q, k, v, cos, sin, positions, *cache):
+    late = positions + 1 if len(positions) == 1 else positions
+    return rotary_store_kv_reference(q, k, v, cos, sin, late, *cache)
 
 
-def roll_k_heads(k, v, *where):
-    store_kv_reference(k.roll(1, dims=1), v, *where)
+def roll_k_heads(q, k, v, *rest):
+    return rotary_store_kv_reference(q, k.roll(1, dims=1), v, *rest)
 
 
 def chunk_sees_one_token_less(q, k_cache, v_cache, block_table, query_start, context_lens, *rest):
@@ -102,9 +106,9 @@ def chunk_sees_one_token_less(q, k_cache, v_cache, block_table, query_start, con
 @pytest.mark.parametrize(
     "bug",
     [
-        {"rotary": no_rope},
-        {"rotary": decode_a_position_late},
-        {"store_kv": roll_k_heads},
+        {"rotary_store_kv": no_rope},
+        {"rotary_store_kv": decode_a_position_late},
+        {"rotary_store_kv": roll_k_heads},
         {"prefill_attention": chunk_sees_one_token_less},
     ],
     ids=lambda bug: next(iter(bug.values())).__name__,
@@ -113,3 +117,22 @@ def test_planted_bugs_are_caught(models, shape, bug):
     with pytest.raises(AssertionError):
         assert_parity(models, shape, [40], KernelSet.default("cpu").replace(**bug), max_prefill_tokens=16)
     assert_parity(models, shape, [40], max_prefill_tokens=16)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles for the GPU there is")
+def test_triton_kernels_in_the_engine(models):
+    """All of them at once, on a greedy text and a drawn one, in chunks, beside the references."""
+    swaps = {name: "triton" for name, op in OPS.items() if "triton" in op.implementations} | {"linear": "skinny"}
+    assert set(swaps) == set(OPS)
+    _, folder, prompts = models(Shape("qwen3", tied=True, rope="yarn"), 40, 17)
+    drawn = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "seed": 3}
+    texts = []
+    for kernels in (KernelSet.reference(), KernelSet.reference().replace(**swaps)):
+        engine = make_engine(folder, kernels, max_prefill_tokens=16)
+        for prompt, options in zip(prompts, ({}, drawn), strict=True):
+            engine.add_request(prompt, max_tokens=3, **options)
+        outputs = {}
+        while engine.has_work:
+            outputs |= {event.request_id: event.output.token_ids for event in engine.step() if event.output}
+        texts.append(outputs)
+    assert texts[0] == texts[1] and len(texts[0]) == 2

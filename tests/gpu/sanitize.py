@@ -1,0 +1,37 @@
+"""Runs every Triton kernel once on the small cases of its operator, for compute-sanitizer to watch:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 python tests/gpu/sanitize.py [operator ...]
+
+Without the caching every tensor is an allocation of its own, and the sanitizer sees where it ends. `Op.check` is not
+used: it puts a margin around each tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from microvllm.kernels.kernel_set import OPS, STANDALONE
+from microvllm.kernels.op import Op, needs_gpu
+
+OPERATORS = {**OPS, **STANDALONE}
+
+
+def run(op: Op) -> None:
+    dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+    for name, implementation in op.implementations.items():
+        for case in op.cases if implementation.unavailable is needs_gpu else ():
+            generator = torch.Generator("cuda").manual_seed(0)
+            inputs = op.inputs(**case.sizes, dtype=dtype, device=torch.device("cuda"), generator=generator)
+            if implementation.refuses is not None and implementation.refuses(**inputs):
+                continue
+            if implementation.prepare is not None:
+                inputs["weight"] = implementation.prepare(inputs["weight"])
+            implementation.function(**inputs)
+            torch.cuda.synchronize()
+            print(f"{op.name} {name}: {case}", flush=True)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or OPERATORS:
+        run(OPERATORS[name])

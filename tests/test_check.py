@@ -1,0 +1,524 @@
+"""A check that cannot fail is a defect: wrong kernels are planted, and each is caught by the name of what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from microvllm.kernels import paged_attention, rms_norm
+from microvllm.kernels.op import Case, Implementation, Op, needs_gpu
+from microvllm.kernels.paged_attention import paged_attention_reference
+from microvllm.kernels.rms_norm import rms_norm_reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NORM, ATTENTION = rms_norm.OP, paged_attention.OP
+ROWS = Case(tokens=7, hidden=100)
+TEXTS = Case(batch=3, context=50, shortest=5, heads=4, kv_heads=2, head_dim=64, block_size=16, padded=1)
+HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
+
+
+def judge(op, kernel, *cases, dtypes=(HALF,), **options):
+    return op.check(kernel, cases, dtypes=dtypes, device="cpu", **options)
+
+
+def norm(x, weight, eps):
+    """A right kernel: the reference's formula with one rounding, at the end."""
+    return rms_norm_reference(x.float(), weight.float(), eps).to(x.dtype)
+
+
+def attention(q, k_cache, v_cache, block_table, context_lens, scale, k_scale=None, v_scale=None):
+    """A right kernel: the reference's formula with one rounding, at the end."""
+    wide = (x.float() for x in (q, k_cache, v_cache))
+    return paged_attention_reference(*wide, block_table, context_lens, scale).to(q.dtype)
+
+
+class TestRight:
+    @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16, SINGLE], ids=str)
+    @pytest.mark.parametrize("op, kernel, case", [(NORM, norm, ROWS), (ATTENTION, attention, TEXTS)])
+    def test_a_right_kernel_passes(self, op, kernel, case, dtype):
+        report = judge(op, kernel, case, dtypes=[dtype])
+        assert report.ok and not report.problems
+        (result,) = report.results
+        assert result.verdict == "right" and 0 < result.error <= result.allowed
+
+    @pytest.mark.parametrize("dtype", [HALF, SINGLE, DOUBLE], ids=str)
+    def test_the_reference_passes(self, dtype):
+        assert judge(NORM, "reference", ROWS, dtypes=[dtype]).ok
+        assert judge(ATTENTION, "reference", TEXTS, dtypes=[dtype]).ok
+
+    def test_an_empty_batch_can_pass(self):
+        assert judge(NORM, norm, Case(tokens=0, hidden=8)).ok
+
+
+# Wrong kernels.
+
+
+def one_token_less(q, k_cache, v_cache, block_table, context_lens, scale, *scales):
+    return attention(q, k_cache, v_cache, block_table, (context_lens - 1).clamp(min=0), scale)
+
+
+def one_token_more(q, k_cache, v_cache, block_table, context_lens, scale, *scales):
+    return attention(q, k_cache, v_cache, block_table, context_lens + (context_lens > 0), scale)
+
+
+def forgotten_scale(q, k_cache, v_cache, block_table, context_lens, scale, *scales):
+    return attention(q, k_cache, v_cache, block_table, context_lens, 1.0)
+
+
+def swapped_k_heads(q, k_cache, v_cache, *rest):
+    return attention(q, k_cache.flip(2), v_cache, *rest)
+
+
+def swapped_v_heads(q, k_cache, v_cache, *rest):
+    return attention(q, k_cache, v_cache.flip(2), *rest)
+
+
+def swapped_k_and_v(q, k_cache, v_cache, *rest):
+    return attention(q, v_cache, k_cache, *rest)
+
+
+def heads_in_the_wrong_groups(q, *rest):
+    return attention(q.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2), *rest)
+
+
+def padded_row_not_zero(q, k_cache, v_cache, block_table, context_lens, scale, *scales):
+    y = attention(q, k_cache, v_cache, block_table, context_lens, scale)
+    return y + (context_lens == 0).view(-1, 1, 1)
+
+
+def unwritten_tail(x, weight, eps):
+    y, whole = torch.empty_like(x), x.shape[1] // 8 * 8
+    y[:, :whole] = norm(x, weight, eps)[:, :whole]
+    return y
+
+
+def unwritten_padded_row(q, k_cache, v_cache, block_table, context_lens, scale, *scales):
+    y = q.new_empty(q.shape)
+    texts = context_lens > 0
+    y[texts] = attention(q[texts], k_cache, v_cache, block_table[texts], context_lens[texts], scale)
+    return y
+
+
+def read_before_written(x, weight, eps):
+    return norm(x, weight, eps) + 0 * torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+
+
+def out_of_bounds(x, weight, eps):
+    y = torch.empty(x.shape, dtype=x.dtype)
+    y.as_strided((x.numel() + 3,), (1,)).fill_(0)
+    return y.copy_(norm(x, weight, eps))
+
+
+def out_of_bounds_in_front(x, weight, eps):
+    y = torch.empty(x.shape, dtype=x.dtype)
+    y.as_strided((1,), (1,), y.storage_offset() - 1).fill_(0)
+    return y.copy_(norm(x, weight, eps))
+
+
+def changed_input(x, weight, eps):
+    y = norm(x, weight, eps)
+    x[-1, -1] += 1
+    return y
+
+
+def normed_in_place(x, weight, eps):
+    return x.copy_(norm(x, weight, eps))
+
+
+def nan_in_one_place(x, weight, eps):
+    y = norm(x, weight, eps)
+    y[3, 14] = torch.nan
+    return y
+
+
+def infinity_in_one_place(x, weight, eps):
+    y = norm(x, weight, eps)
+    y[3, 14] = -torch.inf
+    return y
+
+
+def last_bit_by_chance(x, weight, eps):
+    y = norm(x, weight, eps)
+    return torch.where(torch.rand(y.shape) < 0.01, y.nextafter(y.new_tensor(0)), y)
+
+
+def wide_output(x, weight, eps):
+    return norm(x, weight, eps).double()
+
+
+def flat_output(x, weight, eps):
+    return norm(x, weight, eps).flatten()
+
+
+def no_output(x, weight, eps):
+    norm(x, weight, eps)
+
+
+def two_outputs(x, weight, eps):
+    return norm(x, weight, eps), x
+
+
+def error_raised(x, weight, eps):
+    raise RuntimeError("no such launch")
+
+
+@pytest.mark.parametrize(
+    "kernel, problem",
+    [
+        (one_token_less, "wrong values"),
+        (one_token_more, "NaN"),  # what lies behind a text is poisoned
+        (forgotten_scale, "wrong values"),
+        (swapped_k_heads, "wrong values"),
+        (swapped_v_heads, "wrong values"),
+        (swapped_k_and_v, "wrong values"),
+        (heads_in_the_wrong_groups, "wrong values"),
+        (padded_row_not_zero, "wrong values"),
+        (unwritten_padded_row, "unwritten output"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_wrong_attention_is_caught(kernel, problem):
+    assert judge(ATTENTION, kernel, TEXTS).problems == {problem}
+
+
+@pytest.mark.parametrize("context", [2, 50, 4000])
+def test_a_forgotten_token_is_caught_whatever_the_length(context):
+    case = Case(batch=1, context=context, heads=2, kv_heads=1, head_dim=64, block_size=16)
+    assert judge(ATTENTION, attention, case).ok
+    assert judge(ATTENTION, one_token_less, case).problems == {"wrong values"}
+
+
+@pytest.mark.parametrize(
+    "kernel, problems",
+    [
+        (unwritten_tail, {"unwritten output"}),
+        (read_before_written, {"NaN", "not deterministic"}),
+        (out_of_bounds, {"written out of bounds"}),
+        (out_of_bounds_in_front, {"written out of bounds"}),
+        (changed_input, {"changed argument"}),
+        (normed_in_place, {"changed argument"}),
+        (nan_in_one_place, {"NaN"}),
+        (infinity_in_one_place, {"NaN"}),
+        (last_bit_by_chance, {"not deterministic"}),
+        (wide_output, {"wrong dtype"}),
+        (flat_output, {"wrong shape"}),
+        (no_output, {"wrong shape"}),
+        (two_outputs, {"wrong shape"}),
+        (error_raised, {"raised"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_wrong_norm_is_caught(kernel, problems):
+    report = judge(NORM, kernel, ROWS, dtypes=[SINGLE])
+    assert report.problems == problems and not report.ok
+
+
+def test_output_that_stays_from_the_call_before_is_caught():
+    first = {}
+
+    def remembered(x, weight, eps):
+        return first.setdefault(x.shape, norm(x, weight, eps)).clone()
+
+    assert judge(NORM, remembered, ROWS).problems == {"stale output"}
+
+
+def test_output_that_the_next_call_overwrites_is_caught():
+    buffer = torch.empty(7, 100, dtype=HALF)
+    assert judge(NORM, lambda *inputs: buffer.copy_(norm(*inputs)), ROWS).problems == {"stale output"}
+
+
+def test_an_answer_to_the_call_before_is_caught():
+    late = [torch.zeros(7, 100, dtype=HALF)]
+
+    def one_call_late(*inputs):
+        late.append(norm(*inputs))
+        return late.pop(0)
+
+    report = judge(NORM, one_call_late, ROWS)
+    assert report.problems == {"wrong values", "not deterministic"}
+
+
+class TestBounds:
+    """They are narrow: what a good kernel reaches, and not three times of it."""
+
+    def times(self, factor):
+        """A kernel whose error is that of the reference times a factor, but for a rounding."""
+
+        def kernel(x, weight, eps):
+            truth = rms_norm_reference(x.double(), weight.double(), eps)
+            return (truth + factor * (rms_norm_reference(x, weight, eps).double() - truth)).to(x.dtype)
+
+        return kernel
+
+    @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("seed", range(5))
+    def test_three_times_the_error_of_the_reference_fails(self, dtype, seed):
+        case = Case(tokens=64, hidden=256)
+        assert judge(NORM, self.times(1), case, dtypes=[dtype], seed=seed).ok
+        assert judge(NORM, self.times(3), case, dtypes=[dtype], seed=seed).problems == {"wrong values"}
+
+    def test_a_small_error_everywhere_fails_by_its_root_mean_square(self):
+        def shifted(x, weight, eps):
+            y = norm(x, weight, eps)
+            return y + y.abs().max() * 2.0**-12
+
+        report = judge(NORM, shifted, Case(tokens=64, hidden=256))
+        (result,) = report.results
+        assert report.problems == {"wrong values"} and result.error <= result.allowed
+        assert "rms error" in str(report)
+
+    def test_three_roundings_fail_in_float32(self):
+        def shifted(x, weight, eps):
+            y = norm(x, weight, eps)
+            return y + 4 * torch.finfo(SINGLE).eps * y.abs().max()
+
+        assert judge(NORM, shifted, ROWS, dtypes=[SINGLE]).problems == {"wrong values"}
+
+
+def simple(reference, inputs, **options):
+    """An operator of one tensor, which `inputs` makes of random numbers [8, 8]."""
+
+    def make_inputs(*, dtype, device, generator):
+        return {"x": inputs(torch.randn(8, 8, dtype=dtype, device=device, generator=generator))}
+
+    return Op("simple", reference=reference, inputs=make_inputs, cases=(Case(),), **options)
+
+
+class TestValues:
+    def test_where_the_reference_is_exact_one_rounding_of_the_largest_is_allowed(self):
+        ulp = torch.finfo(HALF).eps  # of 1, and half of that of 3
+
+        def off_by(ulps):
+            return lambda x: torch.cat((x[:, :7], x[:, 7:] + ulps * ulp), dim=1)
+
+        op = simple(lambda x: x.clone(), lambda x: torch.ones_like(x).index_fill_(1, torch.tensor([0, 1]), 3))
+        assert judge(op, off_by(1), Case()).ok
+        assert judge(op, off_by(2), Case()).problems == {"wrong values"}
+
+    def test_a_truth_beyond_the_dtype_is_infinite(self):
+        op = simple(lambda x: x * x, lambda x: x.sign() * 1000)
+        assert judge(op, lambda x: x * x, Case()).ok
+        assert judge(op, lambda x: (x * x).clamp(max=65504), Case()).problems == {"wrong values"}
+
+    def test_a_reference_that_overflows_allows_nothing(self):
+        op = simple(lambda x: (x * 1000) * 0.001, lambda x: x.sign() * 100)
+        assert judge(op, lambda x: x.clone(), Case()).ok
+        assert judge(op, lambda x: 2 * x, Case()).problems == {"wrong values"}
+        assert judge(op, lambda x: x * 1000, Case()).problems == {"NaN"}
+
+    def test_nan_in_the_truth_must_be_there(self):
+        op = simple(lambda x: x.sqrt(), lambda x: x)
+        assert judge(op, lambda x: x.sqrt(), Case()).ok
+        assert judge(op, lambda x: x.abs().sqrt(), Case()).problems == {"wrong values"}
+
+    def test_integers_are_the_truths_or_the_references(self):
+        op = simple(lambda x: x.argmax(dim=1), lambda x: x)
+        assert judge(op, lambda x: x.max(dim=1).indices, Case()).ok
+        report = judge(op, lambda x: (x.argmax(dim=1) + 1) % 8, Case())
+        assert report.problems == {"wrong values"} and report.results[0].error == 8
+        assert judge(op, lambda x: torch.empty(8, dtype=torch.int64), Case()).problems == {"unwritten output"}
+
+    def test_every_output_is_judged(self):
+        op = simple(lambda x: (x + 1, x - 1), lambda x: x)
+        assert judge(op, lambda x: (x + 1, x - 1), Case()).ok
+        assert "output 1[" in str(judge(op, lambda x: (x + 1, x - 2), Case()))
+
+
+def write_rows(x, cache, slots):
+    cache[slots] = x
+
+
+def cache_inputs(*, dtype, device, generator):
+    x = torch.randn(3, 4, dtype=dtype, device=device, generator=generator)
+    slots = torch.randperm(9, device=device, generator=generator)[:3]
+    return {"x": x, "cache": torch.full((9, 8), torch.nan, dtype=dtype, device=device)[:, ::2], "slots": slots}
+
+
+class TestMutatedArguments:
+    op = Op("write_rows", reference=write_rows, inputs=cache_inputs, mutates=("cache",))
+
+    def test_what_is_written_right_passes(self):
+        assert judge(self.op, write_rows, Case()).ok
+
+    @pytest.mark.parametrize(
+        "rows, slots, problem",
+        [
+            (lambda x: x[:0], lambda slots: slots[:0], "NaN"),
+            (lambda x: x.flip(0), lambda slots: slots, "wrong values"),
+            (lambda x: x, lambda slots: (slots + 1) % 9, "NaN"),
+            (lambda x: x.repeat(3, 1), lambda slots: torch.cat((slots, (slots + 1) % 9, slots)), "wrong values"),
+            (lambda x: x, lambda slots: slots.fill_(int(slots[0])), "changed argument"),
+        ],
+        ids=["nothing", "another order", "another place", "more than asked", "slots"],
+    )
+    def test_what_is_written_wrong_is_caught(self, rows, slots, problem):
+        def kernel(x, cache, slot_mapping):
+            write_rows(rows(x), cache, slots(slot_mapping))
+
+        assert problem in judge(self.op, kernel, Case()).problems
+
+    def test_what_lies_between_the_elements_must_stay(self):
+        def beside(x, cache, slots):
+            write_rows(x, cache, slots)
+            cache.as_strided((9,), (8,), cache.storage_offset() + 1).zero_()
+
+        report = judge(self.op, beside, Case())
+        assert report.problems == {"written out of bounds"}
+        assert "between or around the elements of cache" in str(report)
+
+
+class TestInputs:
+    @pytest.mark.parametrize(
+        "view",
+        [
+            lambda x: x,
+            lambda x: x.t(),
+            lambda x: x[1:, 2:5],
+            lambda x: x[0].expand(3, 8),
+            lambda x: x[:, :0],
+            lambda x: x[2, 3],
+        ],
+        ids=["whole", "transposed", "sliced", "expanded", "empty", "scalar"],
+    )
+    def test_a_kernel_gets_the_strides_and_alignment_of_the_inputs(self, view):
+        seen = []
+
+        def kernel(x):
+            seen.append((x.stride(), x.storage_offset() % 8))
+            return x + 1
+
+        assert judge(simple(lambda x: x + 1, view), kernel, Case()).ok
+        original = view(torch.zeros(8, 8))
+        offset = 0 if original.numel() == 0 else original.storage_offset() % 8
+        assert seen == 3 * [(original.stride(), offset)]
+
+    @pytest.mark.parametrize("in_place", [False, True])
+    def test_a_weight_is_prepared_for_each_call_and_stays_what_it_was(self, in_place):
+        given = []
+
+        def prepare(weight):
+            given.append(weight.clone())
+            return weight.mul_(2) if in_place else 2 * weight
+
+        halved = Implementation(lambda x, weight, eps: norm(x, weight / 2, eps), prepare=prepare)
+        op = Op("norm", reference=rms_norm_reference, implementations={"halved": halved}, inputs=rms_norm.make_inputs)
+        report = judge(op, "halved", ROWS)
+        assert given[0].equal(given[1])
+        assert report.problems == {"changed argument"} if in_place else report.ok and len(given) == 3
+
+    def test_a_compiled_kernel_is_judged_compiled(self):
+        compiled = []
+
+        def wrong_compiler(graph, example_inputs):
+            compiled.append(graph)
+            return lambda *inputs: [x * 1.01 for x in graph(*inputs)]
+
+        kernel = torch.compile(lambda x: x + 1, backend=wrong_compiler)
+        assert judge(simple(lambda x: x + 1, lambda x: x), kernel, Case()).problems == {"wrong values"} and compiled
+
+    def test_arguments_go_by_position(self):
+        assert judge(NORM, lambda a, b, c: norm(a, b, c), ROWS).ok
+
+
+class TestReport:
+    def test_a_refused_case_is_no_pass_and_is_not_run(self):
+        op = Op(
+            "norm",
+            reference=rms_norm_reference,
+            implementations={
+                "wide": Implementation(
+                    norm, refuses=lambda x, weight, eps: "hidden is below 64" if x.shape[1] < 64 else None
+                ),
+                "none": Implementation(error_raised, refuses=lambda **inputs: "it takes nothing"),
+            },
+            inputs=rms_norm.make_inputs,
+        )
+        some = judge(op, "wide", ROWS, Case(tokens=1, hidden=8))
+        assert some.ok and [result.verdict for result in some.results] == ["right", "refused: hidden is below 64"]
+        assert "1 right, 0 wrong, 1 refused" in str(some)
+        none = judge(op, "none", ROWS)
+        assert not none.ok and none.problems == set()
+
+    def test_no_case_is_no_pass(self):
+        report = judge(NORM, norm)
+        assert not report.ok and "0 right, 0 wrong, 0 refused" in str(report)
+        assert not judge(NORM, norm, ROWS, dtypes=[]).ok
+
+    def test_one_wrong_case_among_right_ones_is_seen(self):
+        def wrong_for_one(x, weight, eps):
+            return norm(x, weight, eps) * (1 if x.shape[0] != 5 else 1.01)
+
+        report = judge(NORM, wrong_for_one, ROWS, Case(tokens=5, hidden=64), Case(tokens=6, hidden=64))
+        assert not report.ok and [result.verdict for result in report.results] == ["right", "wrong values", "right"]
+
+    def test_its_text_shows_a_table_and_where_a_kernel_is_wrong(self):
+        report = judge(NORM, nan_in_one_place, ROWS, dtypes=[HALF, SINGLE])
+        title, header, first, second, _, case, where, again, *_ = str(report).splitlines()
+        assert title == "rms_norm, nan_in_one_place, on cpu: 0 right, 2 wrong, 0 refused"
+        column = header.index("verdict")
+        assert first[column:] == second[column:] == "NaN"
+        assert case == "tokens=7 hidden=100, float16"
+        assert where.startswith("  NaN: 1 of 700 elements of output, the first at [3, 14]: expected")
+        assert again.startswith("  again: rms_norm.OP.check(nan_in_one_place, [Case(tokens=7, hidden=100)], ")
+
+    def test_the_worst_place_is_shown_with_what_was_expected_there(self):
+        def wrong_in_one_place(x, weight, eps):
+            y = norm(x, weight, eps)
+            y[5, 77] = 1000
+            return y
+
+        (problem,) = judge(NORM, wrong_in_one_place, ROWS).results[0].problems
+        inputs = rms_norm.make_inputs(7, 100, dtype=HALF, device=None, generator=torch.Generator().manual_seed(0))
+        truth = rms_norm_reference(inputs["x"].double(), inputs["weight"].double(), inputs["eps"])[5, 77]
+        assert problem.where.startswith(f"output[5, 77]: expected {truth:.6g}, got 1000, error")
+        assert "; 1 of 700 elements" in problem.where
+
+    @pytest.mark.parametrize(
+        "op, name",
+        [(rms_norm.OP, "rms_norm.OP"), (rms_norm.ADD_OP, "rms_norm.ADD_OP"), (ATTENTION, "paged_attention.OP")],
+    )
+    def test_the_line_that_repeats_a_case_repeats_it(self, op, name):
+        case = TEXTS if op is ATTENTION else ROWS
+        report = judge(op, error_raised, case, dtypes=[SINGLE], seed=3)
+        (line,) = (result.reproduce for result in report.results)
+        assert line.startswith(f"{name}.check(error_raised, [{case!r}], dtypes=[torch.float32]") and "seed=3" in line
+        names = {"rms_norm": rms_norm, "paged_attention": paged_attention, "error_raised": error_raised}
+        assert str(eval(line, {**names, "Case": Case, "torch": torch})) == str(report)
+
+    def test_a_seed_draws_the_same_inputs_again(self):
+        first, same, other = (judge(NORM, norm, ROWS, seed=seed).results[0].error for seed in (1, 1, 2))
+        assert first == same != other
+
+
+def test_the_defaults_are_the_operators_cases_and_dtypes():
+    op = Op(
+        "norm",
+        reference=rms_norm_reference,
+        inputs=rms_norm.make_inputs,
+        cases=(ROWS, Case(tokens=1, hidden=8)),
+        large_cases=(Case(tokens=2, hidden=8),),
+    )
+    results = op.check(norm, device="cpu").results
+    assert [result.case for result in results] == [op.cases[0], op.cases[0], op.cases[1], op.cases[1]]
+    assert [result.dtype for result in results] == [HALF, SINGLE, HALF, SINGLE]
+
+
+def test_a_name_that_is_none_and_one_that_cannot_run_are_refused(monkeypatch):
+    op = Op(
+        "norm",
+        reference=rms_norm_reference,
+        implementations={
+            "elsewhere": Implementation(norm, lambda device: "it is for another machine"),
+            "triton": Implementation(norm, needs_gpu),
+        },
+        inputs=rms_norm.make_inputs,
+    )
+    with pytest.raises(ValueError, match="operator norm has no implementation 'tritn'"):
+        judge(op, "tritn", ROWS)
+    with pytest.raises(ValueError, match="'elsewhere' cannot run on cpu: it is for another machine"):
+        judge(op, "elsewhere", ROWS)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="'triton' cannot run on cpu: Triton compiles for a GPU"):
+        judge(op, "triton", ROWS)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert judge(op, "triton", ROWS).ok

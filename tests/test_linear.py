@@ -1,0 +1,50 @@
+"""The product for few rows: each launch gives the same function, and what is large goes to cuBLAS."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from microvllm.kernels import linear
+from microvllm.kernels.op import Case
+
+CASE = Case(rows=19, outputs=200, inputs=1160, bias=True)
+
+
+@pytest.mark.parametrize(
+    "rows, outputs, inputs",
+    [(8, 3584, 18944), (8, 37888, 3584), (35, 3584, 18944), (35, 37888, 3584), (35, 152064, 3584)],
+)
+def test_every_launch_gives_the_same_function(monkeypatch, rows, outputs, inputs):
+    launch = linear._few_rows_launch(rows, outputs, inputs)
+    monkeypatch.setattr(linear, "_few_rows_launch", lambda *sizes: launch)
+    report = linear.OP.check("skinny", [CASE], dtypes=[torch.float16, torch.float32])
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("outputs", [3584, 152064])
+def test_every_launch_for_one_row_gives_the_same_function(monkeypatch, outputs):
+    launch = linear._one_row_launch(outputs)
+    monkeypatch.setattr(linear, "_one_row_launch", lambda *sizes: launch)
+    report = linear.OP.check("skinny", [Case(rows=1, outputs=11, inputs=1160, bias=True)], dtypes=[torch.float32])
+    assert report.ok, f"\n{report}"
+
+
+def test_no_launch_has_more_splits_than_steps():
+    for rows in (2, 16, 17, 64):
+        for outputs in (64, 1152, 3584, 4608, 152064):
+            for inputs in (64, 896, 18944):
+                launch = linear._few_rows_launch(rows, outputs, inputs)
+                assert launch is None or 1 <= launch["SPLITS"] <= max(1, inputs // launch["BLOCK_IN"])
+
+
+@pytest.mark.parametrize(
+    "x, weight, words",
+    [
+        (torch.zeros(2, 8), torch.zeros(4, 9), r"x is \[2, 8\] and weight \[4, 9\]"),
+        (torch.zeros(8), torch.zeros(4, 8), r"x is \[8\]"),
+        (torch.zeros(2, 8).half(), torch.zeros(4, 8), "x is torch.float16 and weight torch.float32"),
+    ],
+)
+def test_what_does_not_fit_is_named(x, weight, words):
+    with pytest.raises(ValueError, match=words):
+        linear.skinny_linear(x, weight)
