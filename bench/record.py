@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from datetime import date
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PEERS = ("torch", "triton", "transformers", "flash-attn", "vllm")
+PEERS = ("torch", "triton", "transformers", "flash-attn", "vllm", "flashinfer-python")
 
 
 def device_name() -> str:
@@ -42,7 +43,7 @@ def save(name: str, rows: list[dict[str, Any]], **about: Any) -> Path:
         "python": platform.python_version(),
         "versions": {package: found for package in PEERS if (found := _version(package))},
         "commit": _commit(),
-        "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
+        "command": _command(),
         "rows": rows,
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
@@ -67,6 +68,11 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _command() -> str:
+    module = sys.modules["__main__"].__spec__  # None for a script
+    return shlex.join(["python", "-m", module.name, *sys.argv[1:]] if module else ["python", *sys.argv])
 
 
 def _commit() -> str:

@@ -1,0 +1,180 @@
+"""The sweep behind a kernel's launch parameters:   python -m bench.tune [operator ...]
+
+Every candidate is timed on every large case, inside a CUDA graph over inputs that outlast the L2; the tables in
+kernels/ are read off the best. `python -m bench.kernels` checks what they choose, and times it beside other kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from types import ModuleType
+from typing import Any
+
+import torch
+from microvllm.kernels import linear, paged_attention, prefill_attention, rms_norm, swiglu
+from microvllm.kernels.op import Case, Op
+from microvllm.kernels.timing import graph_time
+
+from . import record
+
+Launch = Mapping[str, int]
+COMPILERS = 12
+"""Processes that compile: Triton takes seconds for some candidates, and one of its processes uses one core."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is varied: the launch that the module's function `chooser` returns, for the cases that the sweep serves."""
+
+    op: Op
+    kernel: str
+    module: ModuleType
+    chooser: str
+    launches: tuple[Launch, ...]
+    serves: Callable[[Case], bool] = lambda case: True
+
+    @property
+    def cases(self) -> list[Case]:
+        return [case for case in self.op.large_cases if self.serves(case)]
+
+    @contextmanager
+    def choosing(self, launch: Launch) -> Iterator[Callable]:
+        """The kernel, launched so whatever the case."""
+        kept = getattr(self.module, self.chooser)
+        setattr(self.module, self.chooser, lambda *sizes: dict(launch))
+        try:
+            yield self.op.choose(self.kernel).function
+        finally:
+            setattr(self.module, self.chooser, kept)
+
+
+def grid(**values: tuple[int, ...]) -> tuple[Launch, ...]:
+    """Every combination."""
+    return tuple(dict(zip(values, combination, strict=True)) for combination in product(*values.values()))
+
+
+def _attention() -> tuple[Launch, ...]:
+    splits = grid(SPLITS=(1,), MIN_CHUNK=(512,)) + grid(SPLITS=(8, 16, 64), MIN_CHUNK=(128, 512))
+    tiles = ((32, 4, 4), (64, 3, 4), (64, 4, 8), (128, 2, 4), (128, 3, 8))
+    return tuple({"TILE": t, "STAGES": s, "num_warps": w, **split} for t, s, w in tiles for split in splits)
+
+
+def _few_rows() -> tuple[Launch, ...]:
+    tiles = ((64, 64, 4, 4), (64, 64, 5, 4), (64, 128, 3, 4), (64, 128, 5, 4), (128, 64, 3, 8), (128, 128, 4, 8))
+    names = ("BLOCK_OUT", "BLOCK_IN", "STAGES", "num_warps")
+    return tuple(dict(zip(names, tile, strict=True)) | {"SPLITS": n} for tile in tiles for n in (1, 2, 4, 5, 7))
+
+
+def _prefill() -> tuple[Launch, ...]:
+    names = ("BLOCK_M", "BLOCK_N", "STAGES", "num_warps")
+    tiles = ((128, 128, 3, 8), (128, 128, 2, 8), (128, 64, 3, 8), (128, 64, 4, 8), (64, 64, 3, 4))
+    return tuple(dict(zip(names, tile, strict=True)) for tile in tiles)
+
+
+SWEEPS: dict[str, tuple[Sweep, ...]] = {
+    "paged_attention": (Sweep(paged_attention.OP, "triton", paged_attention, "_launch", _attention()),),
+    "prefill_attention": (Sweep(prefill_attention.OP, "triton", prefill_attention, "_launch", _prefill()),),
+    "linear": (
+        Sweep(
+            linear.OP,
+            "skinny",
+            linear,
+            "_one_row_launch",
+            grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(256, 512), UNROLL=(1, 4), num_warps=(1, 2)),
+            lambda case: case.sizes["rows"] == 1,
+        ),
+        Sweep(
+            linear.OP,
+            "skinny",
+            linear,
+            "_few_rows_launch",
+            _few_rows(),
+            lambda case: 1 < case.sizes["rows"] <= linear.SKINNY_ROWS,
+        ),
+    ),
+    "rms_norm": (
+        Sweep(
+            rms_norm.OP,
+            "triton",
+            rms_norm,
+            "_launch",
+            grid(BLOCK_ROWS=(1, 2), BLOCK_HIDDEN=(4096,), num_warps=(4, 8, 16)),
+            lambda case: case.sizes["hidden"] == 3584,
+        ),
+    ),
+    "swiglu": (Sweep(swiglu.OP, "triton", swiglu, "_launch", grid(BLOCK=(1024, 2048), num_warps=(2, 4, 8))),),
+}
+
+
+def _inputs(op: Op, case: Case, seed: int) -> dict[str, Any]:
+    dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return op.inputs(**case.sizes, dtype=dtype, device=torch.device("cuda"), generator=generator)
+
+
+def _compile(name: str, i: int, launch: Launch) -> None:
+    """Runs a candidate once on each case, for Triton's cache on disk; what does not compile fails when it is timed."""
+    sweep = SWEEPS[name][i]
+    with sweep.choosing(launch) as kernel:
+        for case in sweep.cases:
+            try:
+                kernel(**_inputs(sweep.op, case, 0))
+            except Exception:
+                return
+
+
+def _time(sweep: Sweep, case: Case) -> list[tuple[float, Launch]]:
+    """The candidates' times in µs, the fastest first."""
+    cost = sweep.op.cost(**case.sizes, itemsize=2)
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    sets = [_inputs(sweep.op, case, seed) for seed in range(min(128, 4 + 5 * l2 // (cost.read + cost.written)))]
+    times = []
+    for launch in sweep.launches:
+        with sweep.choosing(launch) as kernel:
+            try:
+                calls = [lambda inputs=inputs, kernel=kernel: kernel(**inputs) for inputs in sets]
+                times.append((graph_time(calls, replays=10).median, launch))
+            except Exception as error:
+                print(f"  {in_a_word(launch)}: {type(error).__name__}", file=sys.stderr)
+    return sorted(times, key=lambda entry: entry[0])
+
+
+def in_a_word(launch: Launch) -> str:
+    return " ".join(f"{name}={value}" for name, value in launch.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("operator", nargs="*", help=f"default: all of {', '.join(SWEEPS)}")
+    names = parser.parse_args().operator or list(SWEEPS)
+    if unknown := [name for name in names if name not in SWEEPS]:
+        parser.error(f"there is no {unknown[0]!r}; there are: {', '.join(SWEEPS)}")
+    if not torch.cuda.is_available():
+        parser.error("timing needs a GPU")
+    start = time.perf_counter()
+    with ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn")) as pool:
+        jobs = [
+            (name, i, launch) for name in names for i, sweep in enumerate(SWEEPS[name]) for launch in sweep.launches
+        ]
+        list(pool.map(_compile, *zip(*jobs, strict=True)))
+    print(f"{len(jobs)} candidates compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    for name in names:
+        rows = []
+        for sweep in SWEEPS[name]:
+            for case in sweep.cases:
+                times = _time(sweep, case)
+                print(f"{name} {case}", *(f"  {us:.2f} µs {in_a_word(launch)}" for us, launch in times[:5]), sep="\n")
+                rows += [{"case": str(case), "launch": in_a_word(launch), "µs": us} for us, launch in times]
+        print(record.save(f"tune-{name}", rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,427 @@
+"""The timing of kernels, as far as it needs no GPU: the roof, the tables, what is refused, records and pictures.
+
+Where a GPU would time, `FakeGraph` stands in: it makes the calls of a replay and says how long they took.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from microvllm.bench import kernels as bench
+from microvllm.bench import record
+from microvllm.bench.peers import PEERS
+from microvllm.kernels import measure as module
+from microvllm.kernels.measure import Measurement, MeasurementError, Peer, Row, measure, measure_case
+from microvllm.kernels.op import Case, Cost, Implementation, Op
+from microvllm.kernels.roof import Roof
+from microvllm.kernels.timing import Timing, graph_time, take_turns
+
+ROOF = Roof(read=4e12, copy=4e12, flops=800e12, launch=1e-6)
+CPU = torch.device("cpu")
+
+
+def timing(microseconds: float, spread: float = 0.0) -> Timing:
+    return Timing(microseconds, microseconds - spread, microseconds + spread)
+
+
+def row(tokens: int, time: Timing | str, **peers: Timing | str) -> Row:
+    cost = Cost(read=tokens * 4_000_000, written=0, flops=0)
+    return Row(Case(tokens=tokens), torch.bfloat16, cost, ROOF, time, peers)
+
+
+class TestRoof:
+    def test_a_copy_takes_as_long_as_its_reads_and_its_writes(self):
+        roof = Roof(read=4.55e12, copy=4.30e12, flops=790e12, launch=1e-6)
+        assert roof.time(Cost(read=10**9, written=10**9)) == pytest.approx(2e9 / 4.30e12)
+        assert roof.time(Cost(read=10**9)) == pytest.approx(1e9 / 4.55e12)
+        assert roof.write == pytest.approx(4.076e12, rel=1e-3)
+
+    def test_the_slower_of_memory_and_arithmetic_counts(self):
+        assert ROOF.time(Cost(read=4 * 10**6, flops=8 * 10**8)) == pytest.approx(1e-6)
+        assert ROOF.time(Cost(read=4 * 10**6, flops=8 * 10**9)) == pytest.approx(1e-5)
+
+
+class TestTiming:
+    def test_it_is_the_median_and_the_outer_deciles(self):
+        assert Timing.of([*range(101)]) == Timing(50, 10, 90)
+
+    def test_graphs_are_replayed_in_turns_and_slow_ones_less_often(self):
+        order = []
+
+        def graph(name, microseconds):
+            def replay(times):
+                order.append((name, times))
+                return [microseconds] * times
+
+            return SimpleNamespace(calls=[None] * 100, replay=replay)
+
+        fast, slow = take_turns([graph("fast", 10.0), graph("slow", 500.0)])
+        assert (fast.median, slow.median) == (10.0, 500.0)
+        assert order == [("fast", 1), ("slow", 1), *[("fast", 10), ("slow", 2)] * 5]
+
+
+class TestRow:
+    def test_it_is_a_share_of_the_roof_and_a_rate(self):
+        one = row(10, timing(20.0))
+        assert (one.share, one.over_launch) == (pytest.approx(0.5), pytest.approx(19.0))
+        assert one.rate == (pytest.approx(2.0), "TB/s")
+        product = replace(one, cost=Cost(read=1, flops=8 * 10**9))
+        assert product.rate == (pytest.approx(400.0), "TFLOP/s")
+
+    def test_a_ratio_is_our_time_over_the_peers(self):
+        one = row(10, timing(20.0), slow=timing(40.0), fast=timing(16.0), absent="not installed")
+        assert one.fastest == ("fast", timing(16.0))
+        assert one.ratio(one.fastest[1]) == pytest.approx(1.25)
+        assert row(10, timing(20.0), absent="not installed").fastest is None
+
+
+def test_the_table_has_aligned_columns_and_says_what_was_not_timed():
+    rows = (
+        row(1, timing(2.5, 0.1), cuBLAS=timing(5.0), other="not installed (other)"),
+        row(128, timing(250.0, 2.0), cuBLAS="failed: RuntimeError: no", other="not installed (other)"),
+        row(4096, "failed: MeasurementError: wrong"),
+    )
+    assert str(Measurement("linear: skinny", rows)).splitlines() == [
+        "linear: skinny",
+        "  case         dtype       µs    10–90 %  over empty       rate  % of roof      cuBLAS  other",
+        "  tokens=1     bfloat16  2.50  2.40–2.60        1.50  1.60 TB/s       40.0  5.00 ×0.50      –",
+        "  tokens=128   bfloat16   250    248–252         249  2.05 TB/s       51.2           –      –",
+        "  tokens=4096  bfloat16     –          –           –          –          –           –      –",
+        "  other: not installed (other)",
+        "  cuBLAS: failed: RuntimeError: no",
+        "  tokens=4096: failed: MeasurementError: wrong",
+    ]
+
+
+# A case from beginning to end, on a GPU that is made up.
+
+
+def scaled_reference(x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """y = x · weight, and total = Σ y in place."""
+    y = x * weight
+    total.copy_(y.sum(dim=-1))
+    return y
+
+
+def scaled_inputs(tokens, *, dtype, device, generator):
+    def normal(*shape):
+        return torch.randn(*shape, dtype=dtype, device=device, generator=generator)
+
+    fused = torch.full((tokens, 24), torch.nan, dtype=dtype, device=device)
+    fused[:, :16] = normal(tokens, 16)
+    return {"weight": 1 + normal(16) / 4, "x": fused[:, :16], "total": normal(tokens)}
+
+
+def scaled_cost(tokens, itemsize):
+    return Cost(read=tokens * 16 * itemsize, written=tokens * 16 * itemsize)
+
+
+OP = Op(
+    "scaled",
+    reference=scaled_reference,
+    implementations={
+        "good": Implementation(scaled_reference),
+        "halves": Implementation(
+            lambda x, weight, total: scaled_reference(x, 2 * weight, total), prepare=lambda weight: weight / 2
+        ),
+        "picky": Implementation(scaled_reference, refuses=lambda **inputs: "takes no such case"),
+        "elsewhere": Implementation(scaled_reference, lambda device: "it is for another machine"),
+    },
+    inputs=scaled_inputs,
+    cost=scaled_cost,
+    large_cases=(Case(tokens=1), Case(tokens=300)),
+    dtypes=(torch.float32,),
+    mutates=("total",),
+)
+
+
+class FakeGraph:
+    """Made of calls, as `CapturedCalls`: a replay makes them, keeps what they return, and takes `microseconds` each."""
+
+    microseconds = 10.0
+
+    def __init__(self, calls):
+        self.calls = calls
+        self.graph = self
+        self.outputs = [call() for call in calls]
+        self.made = [call.microseconds if hasattr(call, "microseconds") else self.microseconds for call in calls]
+
+    def replay(self, times=1):
+        for _ in range(times + 1):
+            for kept, call in zip(self.outputs, self.calls, strict=True):
+                kept.copy_(call())
+        return self.made[:1] * times
+
+
+@pytest.fixture
+def made_up_gpu(monkeypatch):
+    monkeypatch.setattr(module, "gpu", lambda device: CPU)
+    monkeypatch.setattr(module, "measure_roof", lambda device: ROOF)
+    monkeypatch.setattr(module, "CapturedCalls", FakeGraph)
+    monkeypatch.setattr(module, "_count_sets", lambda *arguments: 3)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+
+
+def peer(name, function=scaled_reference, microseconds=20.0, **options):
+    def bind(x, weight, total):
+        def run():
+            return function(x, weight, total)
+
+        run.microseconds = microseconds
+        return run
+
+    return Peer(name, bind, **options)
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+class TestMeasure:
+    def one(self, kernel="good", *peers, case=Case(tokens=3)) -> Row:  # noqa: B008  a Case cannot change
+        return measure_case(OP, kernel, case, peers=peers)
+
+    def test_a_measurement_has_a_row_for_each_large_case(self):
+        measurement = OP.measure("good")
+        assert [str(row.case) for row in measurement.rows] == ["tokens=1", "tokens=300"]
+        assert all(row.timing == timing(10.0) and row.dtype == torch.float32 for row in measurement.rows)
+        assert str(measurement).startswith("scaled: good\n  case        dtype      µs")
+
+    @pytest.mark.parametrize("kernel", ["good", "halves", scaled_reference])
+    def test_implementations_and_callables_are_timed_with_their_weights_prepared(self, kernel):
+        assert self.one(kernel).timing == timing(10.0)
+
+    def test_what_refuses_a_case_is_not_timed(self):
+        assert self.one("picky").timing == "refused: takes no such case"
+
+    def test_a_wrong_kernel_is_not_timed(self):
+        with pytest.raises(MeasurementError, match=r"wrong, so it was not timed(.|\n)*wrong values"):
+            self.one(lambda x, weight, total: scaled_reference(x, 1.1 * weight, total))
+
+    @pytest.mark.parametrize("fault, words", [("values", "wrong values"), ("nothing", "NaN")])
+    def test_a_kernel_that_is_wrong_in_the_graph_is_found_out(self, monkeypatch, fault, words):
+        class Skipping(FakeGraph):
+            """Replays as a graph that has lost a pointer."""
+
+            def replay(self, times=1):
+                if fault == "values":
+                    for kept in self.outputs:
+                        kept.fill_(3.0)
+                return self.made[:1] * times
+
+        monkeypatch.setattr(module, "CapturedCalls", Skipping)
+        with pytest.raises(MeasurementError, match=f"what was timed is wrong: {words}"):
+            self.one()
+
+    def test_calls_of_a_graph_must_agree(self, monkeypatch):
+        class Disagreeing(FakeGraph):
+            def replay(self, times=1):
+                super().replay(times)
+                self.outputs[2] += 1e-6
+                return self.made[:1] * times
+
+        monkeypatch.setattr(module, "CapturedCalls", Disagreeing)
+        with pytest.raises(MeasurementError, match="call 2 of the timed graph gave another output than call 0"):
+            self.one()
+
+    def test_a_time_that_cannot_be_is_refused(self, monkeypatch):
+        case = Case(tokens=10_000)
+        floor = ROOF.time(OP.cost(**case.sizes, itemsize=4)) * 1e6
+        monkeypatch.setattr(FakeGraph, "microseconds", 0.98 * floor)
+        assert self.one(case=case).share == pytest.approx(1 / 0.98)
+        monkeypatch.setattr(FakeGraph, "microseconds", 0.96 * floor)
+        with pytest.raises(MeasurementError, match=r"impossible: 0.31 µs, and this GPU needs 0.32 µs"):
+            self.one(case=case)
+
+    def test_of_peers_with_one_name_the_fastest_is_shown(self):
+        row = self.one("good", peer("a", microseconds=30.0), peer("a", microseconds=25.0), peer("b"))
+        assert row.peers == {"a": timing(25.0), "b": timing(20.0)}
+
+    def test_an_implementation_can_be_a_peer(self):
+        row = self.one("halves", "good", "picky", "elsewhere")
+        words = {"picky": "takes no such case", "elsewhere": "it is for another machine"}
+        assert row.peers == {"good": timing(10.0), **words}
+
+    def test_a_peer_that_cannot_take_part_says_why_and_ours_is_timed(self):
+        def failing(x, weight, total):
+            raise RuntimeError("no such kernel\nand more")
+
+        row = self.one(
+            "good",
+            peer("absent", unavailable=lambda: "not installed"),
+            peer("other", lambda x, weight, total: scaled_reference(x, 2 * weight, total)),
+            peer("idle", lambda x, weight, total: x * weight),
+            peer("short", lambda x, weight, total: scaled_reference(x, weight, total)[:2]),
+            peer("failing", failing),
+            peer("hasty", microseconds=1e-9),
+        )
+        assert row.timing == timing(10.0)
+        assert row.peers["absent"] == "not installed"
+        assert row.peers["other"].startswith("wrong: output is 1 of its root mean square")
+        assert row.peers["idle"].startswith("wrong: total is")
+        assert row.peers["short"] == "wrong: output is [2, 16], and the reference's [3, 16]"
+        assert row.peers["failing"] == "failed: RuntimeError: no such kernel"
+        assert row.peers["hasty"].startswith("impossible: 0.00 µs")
+
+    def test_a_peer_may_compute_in_place_on_copies(self):
+        def bind(x, weight, total):
+            x = x.clone()
+
+            def run():
+                total.copy_(x.mul_(weight).sum(dim=-1))
+                return x
+
+            return run
+
+        assert self.one("good", Peer("p", bind, in_place=True)).peers == {"p": timing(10.0)}
+        assert self.one("good", Peer("p", bind)).peers["p"].startswith("wrong: ")
+
+    def test_a_misspelt_name_and_a_dtype_it_does_not_compute_in_are_refused(self):
+        with pytest.raises(ValueError, match="operator scaled has no implementation 'goode'"):
+            self.one("goode")
+        with pytest.raises(ValueError, match="scaled computes in float32, not in float16"):
+            measure(OP, "good", dtype=torch.float16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_timed():
+    for device in (None, "cpu", "cuda"):
+        with pytest.raises(ValueError, match="timing needs a GPU"):
+            measure(OP, "good", device=device)
+    with pytest.raises(ValueError, match="timing needs a GPU"):
+        graph_time([lambda: None])
+
+
+# The benchmark.
+
+
+def test_there_are_peers_for_operators_alone():
+    assert set(PEERS) <= set(bench.OPERATORS) | {"append_attention"}
+
+
+@pytest.mark.parametrize("package", ["vllm", "flashinfer", "flash_attn"])
+def test_what_is_not_installed_says_so(package, monkeypatch):
+    monkeypatch.setattr("microvllm.bench.peers.find_spec", lambda name: None)
+    words = {peer.unavailable() for peers in PEERS.values() for peer in peers}
+    assert f"not installed ({package})" in words
+    assert {peer.name for peers in PEERS.values() for peer in peers if peer.unavailable() is None} == {
+        "cuBLAS",
+        "torch.compile",
+    }
+
+
+def test_the_summary_compares_with_the_fastest_peer_and_allows_for_the_spread():
+    rows = [
+        row(1, timing(10.0), a=timing(20.0), b=timing(25.0)),
+        row(2, timing(21.0, 2.0), a=timing(20.0, 2.0)),
+        row(3, timing(30.0, 1.0), a=timing(15.0, 1.0), b="not installed"),
+        row(4, "failed: RuntimeError: no", a=timing(1.0)),
+        row(5, timing(7.0)),
+    ]
+    (line,) = bench.summary("swiglu", rows)
+    assert (line["cases"], line["slower"], line["worst"], line["worst at"]) == ("3", 1, 2.0, "tokens=3 (× a)")
+    assert line["geometric mean"] == pytest.approx((0.5 * 1.05 * 2) ** (1 / 3))
+    assert line["together"] == pytest.approx(61 / 55)
+
+
+def test_a_failure_is_a_row_of_words(monkeypatch, capsys):
+    def failing(*arguments, **options):
+        raise RuntimeError("out of memory\nin the depths")
+
+    monkeypatch.setattr(bench, "measure_case", failing)
+    monkeypatch.setattr(bench, "measure_roof", lambda device: ROOF)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    failed = bench.measured(OP, "good", OP.large_cases[0], torch.float32, ())
+    assert bench.in_short(failed) == "failed: RuntimeError: out of memory"
+    assert "in the depths" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("made_up_gpu")
+def test_a_benchmark_leaves_a_record_of_all_that_was_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    peers = (peer("a", microseconds=25.0), peer("b", unavailable=lambda: "not installed"))
+    rows = bench.bench(OP, "good", torch.float32, peers)
+    (path,) = tmp_path.glob("*/kernels-scaled.json")
+    saved = json.loads(path.read_text())
+    assert (saved["operator"], saved["kernel"], saved["dtype"], saved["roof"]) == (
+        OP.name,
+        "good",
+        "float32",
+        asdict(ROOF),
+    )
+    assert saved["not_measured"] == {"a": [], "b": ["not installed"]}
+    assert saved["points"][1]["sizes"] == {"tokens": 300}
+    assert saved["points"][1]["time"] == {"median": 10.0, "low": 10.0, "high": 10.0}
+    assert saved["points"][1]["peers"] == {"a": {"median": 25.0, "low": 25.0, "high": 25.0}, "b": "not installed"}
+    assert [line["× a"] for line in saved["rows"]] == [0.4, 0.4] and len(rows) == 2
+    assert {"device", "versions", "commit", "command", "date"} <= saved.keys()
+    assert "[2/2] scaled tokens=300: 10.00 µs, 0% of the roof, ×0.40 a" in capsys.readouterr().out
+
+
+def made_up_record(op: Op) -> dict:
+    """A record as `bench.kernels` saves it, of times that nobody measured: a case failed, a peer is absent."""
+    rows = []
+    for i, case in enumerate(op.large_cases):
+        cost = op.cost(**case.sizes, itemsize=2)
+        time = ROOF.time(cost) * 1e6 + 2
+        peers = {"fast": timing(1.2 * time), "absent": "not installed", "picky": "no" if i % 3 else timing(2 * time)}
+        rows.append(Row(case, torch.bfloat16, cost, ROOF, "failed: no" if i == 1 else timing(time, 0.1), peers))
+    about = {"operator": op.name, "kernel": "triton", "dtype": "bfloat16", "roof": asdict(ROOF)}
+    about |= {"device": "made up", "date": "2026-01-01", "commit": "none", "points": [bench.point(row) for row in rows]}
+    flat = [bench.flat(row, ["fast", "absent", "picky"]) for row in rows]
+    assert all(line.keys() == flat[0].keys() for line in flat)
+    return json.loads(json.dumps(about | {"rows": flat}))
+
+
+@pytest.mark.parametrize("op", [op for op in bench.OPERATORS.values() if op.large_cases], ids=lambda op: op.name)
+def test_a_record_is_drawn_without_a_gpu(op, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install micro-vllm[bench])")
+    folder = tmp_path / "made-up"
+    folder.mkdir()
+    (folder / f"kernels-{op.name}.json").write_text(json.dumps(made_up_record(op)))
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["bench.kernels", "--draw"])
+    bench.main()
+    picture = folder / f"kernels-{op.name}.png"
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    assert str(picture) in capsys.readouterr().out
+
+
+def test_panels_part_the_sizes_and_lone_points_share_one():
+    from microvllm.bench.picture import arrange
+
+    def point(**sizes):
+        return {"sizes": sizes}
+
+    axis, lines = arrange(
+        [
+            *(point(batch=b, context=c, block_size=16) for b in (1, 8) for c in (512, 4096)),
+            *(point(batch=b, context=c, block_size=256) for b, c in ((1, 512), (8, 4096))),
+        ]
+    )
+    assert axis == "context"
+    assert [[(title, len(points), joined) for title, points, joined in line] for line in lines] == [
+        [("batch 1\nblock_size=16", 2, True), ("batch 8\nblock_size=16", 2, True)],
+        [("block_size=256", 2, False)],
+    ]
+    axis, lines = arrange([point(rows=r, outputs=o) for o in (3, 4) for r in (1, 8)])
+    assert axis == "rows" and [title for title, _, _ in lines[0]] == ["outputs=3", "outputs=4"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["swiglu"], "timing needs a GPU"),
+        (["swigluu"], "there is no 'swigluu'; there are: rms_norm"),
+        (["--only", "cublas"], "there is no 'cublas'; there are: "),
+        (["--kernel", "liner=triton"], "there is no 'liner'; there are: rms_norm"),
+    ],
+)
+def test_the_command_says_what_it_cannot_do(words, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench.kernels", *words])
+    with pytest.raises(SystemExit) as exit:
+        bench.main()
+    assert exit.value.code == 2 and message in capsys.readouterr().err
