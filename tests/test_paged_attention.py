@@ -25,10 +25,6 @@ def test_every_launch_gives_the_same_function(monkeypatch, items):
         ({"q": torch.zeros(2, 4, 32)}, "q's head_dim is 32, the cache's 64"),
         ({"q": torch.zeros(2, 4, 64).half()}, "q is torch.float16 and the cache torch.float32"),
         ({"v_cache": torch.zeros(3, 16, 1, 64)}, "k_cache is .* and v_cache"),
-        (
-            {"k_cache": torch.zeros(3, 8, 2, 64), "v_cache": torch.zeros(3, 8, 2, 64)},
-            "block_size 8: a power of 2 from 16",
-        ),
         ({"context_lens": torch.ones(3, dtype=torch.int32)}, "a row of q, of the table, and a length"),
         ({"k_scale": torch.ones(2), "v_scale": torch.ones(2)}, "k_scale and v_scale belong to a float8 cache"),
     ],
