@@ -1,0 +1,35 @@
+"""bench.tune: every candidate has the parameters of its kernel, and nothing of a sweep stays behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from microvllm.bench.tune import SWEEPS, grid
+from microvllm.kernels.op import Case
+
+SMALL = {
+    "paged_attention": Case(batch=1, context=40, heads=2, kv_heads=1, head_dim=64, block_size=16),
+    "prefill_attention": Case(prompts=1, query=17, heads=2, kv_heads=2, head_dim=64, block_size=16),
+    "_one_row_launch": Case(rows=1, outputs=5, inputs=264),
+    "_few_rows_launch": Case(rows=3, outputs=70, inputs=1160),
+    "rms_norm": Case(tokens=3, hidden=37),
+    "swiglu": Case(tokens=3, intermediate=96),
+}
+
+
+@pytest.mark.parametrize(
+    "sweep", [pytest.param(s, id=f"{name}-{s.chooser}") for name, sweeps in SWEEPS.items() for s in sweeps]
+)
+def test_candidates_are_launches_of_their_kernel(sweep):
+    case = SMALL.get(sweep.op.name) or SMALL[sweep.chooser]
+    chooser = getattr(sweep.module, sweep.chooser)
+    for launch in (sweep.launches[0], sweep.launches[-1]):
+        with sweep.choosing(launch):
+            report = sweep.op.check(sweep.kernel, [case], dtypes=[torch.float32], device="cpu")
+            assert report.ok, f"\n{report}"
+    assert getattr(sweep.module, sweep.chooser) is chooser
+    assert sweep.cases
+
+
+def test_a_grid_is_every_combination():
+    assert grid(a=(1, 2), b=(3,)) == ({"a": 1, "b": 3}, {"a": 2, "b": 3})
