@@ -94,7 +94,8 @@ def group_of(op: str, case: Case) -> str:
         return f"rows={sizes['rows']}, " + ("the head" if sizes["outputs"] > 1 << 16 else "in a layer")
     if op == "paged_attention":
         shape = (key for key in ("heads", "kv_heads", "head_dim", "block_size", "float8") if key in sizes)
-        return " ".join(f"{key}={sizes[key]}" for key in shape)
+        longer = ["longer than 32768"] if sizes["context"] > 32768 else []
+        return " ".join([f"{key}={sizes[key]}" for key in shape] + longer)
     return ""
 
 

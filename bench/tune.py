@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from microvllm.kernels import linear, paged_attention, prefill_attention, rms_norm, swiglu
+from microvllm.kernels.measure import default_dtype
 from microvllm.kernels.op import Case, Op
 from microvllm.kernels.timing import graph_time
 
@@ -115,9 +116,8 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
 
 
 def _inputs(op: Op, case: Case, seed: int) -> dict[str, Any]:
-    dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
     generator = torch.Generator("cuda").manual_seed(seed)
-    return op.inputs(**case.sizes, dtype=dtype, device=torch.device("cuda"), generator=generator)
+    return op.inputs(**case.sizes, dtype=default_dtype(op), device=torch.device("cuda"), generator=generator)
 
 
 def _compile(name: str, i: int, launch: Launch) -> None:

@@ -91,14 +91,14 @@ class Report:
         rows = [("case", "dtype", "error", "allowed", "verdict")]
         for result in self.results:
             numbers = ("", "") if math.isnan(result.error) else (f"{result.error:.2e}", f"{result.allowed:.2e}")
-            rows.append((str(result.case), _short(result.dtype), *numbers, result.verdict))
+            rows.append((str(result.case), dtype_name(result.dtype), *numbers, result.verdict))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"{self.title}: {right} right, {len(wrong)} wrong, {refused} refused"]
         for case, dtype, error, allowed, verdict in rows:
             left = f"{case:{widths[0]}}  {dtype:{widths[1]}}"
             lines.append(f"  {left}  {error:>{widths[2]}}  {allowed:>{widths[3]}}  {verdict}")
         for result in wrong:
-            lines += ["", f"{result.case}, {_short(result.dtype)}"]
+            lines += ["", f"{result.case}, {dtype_name(result.dtype)}"]
             lines += [f"  {problem.name}: {problem.where}" for problem in result.problems]
             lines += [f"  again: {result.reproduce}"]
         return "\n".join(lines)
@@ -182,7 +182,7 @@ def _check_case(
             else:
                 judgements += of_other
             for name, x in got.items():
-                if not _equal_bits(x, kept[name]).all():
+                if not equal_bits(x, kept[name]).all():
                     problems.append(Problem(STALE, f"{name} of a call was overwritten by the next"))
     except _Raised as error:
         return Result(case, dtype, problems=(Problem(RAISED, str(error)),))
@@ -229,7 +229,7 @@ def _call(
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise _Raised(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
     for name, copy in copies.items():
-        if name not in op.mutates and not (same := _equal_bits(copy, tensors[name])).all():
+        if name not in op.mutates and not (same := equal_bits(copy, tensors[name])).all():
             problems.append(Problem(CHANGED, _places(name, ~same)))
         if not bounds_kept(copy, repeated):
             problems.append(Problem(OUT_OF_BOUNDS, f"between or around the elements of {name}"))
@@ -284,13 +284,15 @@ def _judge(
         if x.shape != yardstick.shape:
             return _failure(WRONG_SHAPE, f"{name} is {list(x.shape)}, and the reference's {list(yardstick.shape)}")
         if x.dtype != yardstick.dtype:
-            return _failure(WRONG_DTYPE, f"{name} is {_short(x.dtype)}, and the reference's {_short(yardstick.dtype)}")
+            return _failure(
+                WRONG_DTYPE, f"{name} is {dtype_name(x.dtype)}, and the reference's {dtype_name(yardstick.dtype)}"
+            )
     if again is not None:
         unwritten = is_poison(got, repeated=False) & is_poison(again, repeated=True)
         if unwritten.any():
             return _failure(UNWRITTEN, _places(name, unwritten))
     judgement = (_judge_floats if got.is_floating_point() else _judge_integers)(name, got, truth, yardstick)
-    if again is None or (other := ~_equal_bits(got, again)).sum() == 0:
+    if again is None or (other := ~equal_bits(got, again)).sum() == 0:
         return judgement
     i = _first(other)
     where = f"{_places(name, other)}: {got[i].item()}, and {again[i].item()} when called again"
@@ -358,7 +360,8 @@ def _allowed(reference_error: float, size: float, dtype: torch.dtype) -> float:
     return max(2 * reference_error, rounding) + (info.eps * size if info.bits >= 32 else 0)
 
 
-def _equal_bits(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def equal_bits(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Element by element, so that NaN equals itself."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.view(bits) == y.view(bits)
 
@@ -379,7 +382,7 @@ def _places(name: str, mask: torch.Tensor) -> str:
     return f"{int(mask.sum())} of {mask.numel()} elements of {name}, the first at [{_text(_first(mask))}]"
 
 
-def _short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -162,10 +162,10 @@ def _sum_kernel(
 
 
 SKINNY_ROWS = 64
-"""More rows than these cuBLAS multiplies: with 128 it was faster at every product of Qwen2-7B."""
+"""More rows than these cuBLAS multiplies."""
 
-# The launches below are the best of a sweep over Qwen2-7B's five products in bfloat16 on an H200 (132 multiprocessors),
-# `python -m bench.tune linear`; `python -m bench.kernels linear` times what they choose beside cuBLAS.
+# The launches below are chosen for Qwen2-7B's five products in bfloat16 on an H200, which has 132 multiprocessors.
+# `python -m bench.tune linear` sweeps others; `python -m bench.kernels linear` times these beside cuBLAS.
 _MULTIPROCESSORS = 132
 
 

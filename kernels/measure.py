@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .check import Expected, check
+from .check import Expected, check, dtype_name, equal_bits
 from .op import Case, Cost, Implementation, Op
 from .poison import poison
 from .roof import Roof, measure_roof
@@ -126,7 +126,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = [("case", "dtype", "µs", "10–90 %", "over empty", "rate", "% of roof", *names)]
     notes: dict[str, None] = {}
     for row in rows:
-        start = (str(row.case), _short(row.dtype))
+        start = (str(row.case), dtype_name(row.dtype))
         if isinstance(row.timing, str):
             notes[f"{row.case}: {row.timing}"] = None
             lines.append((*start, *["–"] * (5 + len(names))))
@@ -191,7 +191,7 @@ def measure_case(
     device = gpu(device)
     dtype = dtype or default_dtype(op)
     if dtype not in op.dtypes:
-        raise ValueError(f"{op.name} computes in {', '.join(map(_short, op.dtypes))}, not in {_short(dtype)}")
+        raise ValueError(f"{op.name} computes in {', '.join(map(dtype_name, op.dtypes))}, not in {dtype_name(dtype)}")
     implementation = op.choose(kernel) if isinstance(kernel, str) else Implementation(kernel)
     with torch.cuda.device(device):
         cost = op.cost(**case.sizes, itemsize=dtype.itemsize)
@@ -271,7 +271,7 @@ def _judge(sets: _ArgumentSets, graph: CapturedCalls) -> str | None:
             return f"what was timed is wrong: {problem.name}: {problem.where}"
     for i, other in enumerate(got):
         for name, x in other.items():
-            if not _equal(x, got[0][name]):
+            if not equal_bits(x, got[0][name]).all():
                 return f"call {i} of the timed graph gave another {name} than call 0 for equal inputs"
     return None
 
@@ -367,12 +367,6 @@ def _arguments(op: Op, inputs: dict[str, Any]) -> tuple[Any, ...]:
     return bound.args
 
 
-def _equal(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Bit by bit, so that NaN equals itself."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return torch.equal(x.view(bits), y.view(bits))
-
-
 def _too_fast(timing: Timing, cost: Cost, roof: Roof) -> str | None:
     floor = roof.time(cost) * 1e6
     if timing.median >= TOO_FAST * floor:
@@ -413,10 +407,6 @@ def default_dtype(op: Op) -> torch.dtype:
 
 def kernel_name(kernel: str | Callable) -> str:
     return kernel if isinstance(kernel, str) else getattr(kernel, "__name__", repr(kernel))
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _digits(x: float) -> str:

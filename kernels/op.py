@@ -34,7 +34,8 @@ class Implementation:
     prepare:      given a weight in its one canonical layout, returns it in the layout that `function` wants; it is
                   called once for each weight when a model is loaded, and the canonical one is then dropped
     refuses:      given a case's inputs, says in words why the implementation does not take them (a block size, a
-                  dtype), or None where it does; `function` raises ValueError with these words
+                  dtype), or None where it does; `function` raises ValueError with these words for what it can see
+                  without waiting for the GPU
     """
 
     function: Callable

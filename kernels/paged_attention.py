@@ -222,8 +222,8 @@ def _launch(items: int, bytes_per_head: int) -> dict[str, int]:
 
     items: sequences times KV heads.  bytes_per_head: of a key, its elements padded to a power of 2.
 
-    The best of a sweep over twelve batches and contexts of Qwen2-7B in bfloat16 on an H200, `python -m bench.tune
-    paged_attention`. Few items are cut finely, for every multiprocessor to have one; many enough are not cut at all.
+    They are chosen for Qwen2-7B in bfloat16 on an H200; `python -m bench.tune paged_attention` sweeps others. Few items
+    are cut finely, for every multiprocessor to have one; many enough are not cut at all.
     """
     if items <= 8:
         launch = {"TILE": 32, "MIN_CHUNK": 32, "SPLITS": 64, "STAGES": 4, "num_warps": 4}
@@ -240,6 +240,20 @@ def _launch(items: int, bytes_per_head: int) -> dict[str, int]:
 def _require(holds: bool, words: str) -> None:
     if not holds:
         raise ValueError(f"paged_attention: {words}")
+
+
+def misfit(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:
+    """How queries [tokens, heads, head_dim] and a paged cache do not fit each other, in words; None where they do."""
+    (_, heads, head_dim), (_, _, kv_heads, width) = q.shape, k_cache.shape
+    if k_cache.shape != v_cache.shape:
+        return f"k_cache is {list(k_cache.shape)} and v_cache {list(v_cache.shape)}"
+    if width != head_dim:
+        return f"q's head_dim is {head_dim}, the cache's {width}"
+    if heads % kv_heads:
+        return f"{heads} query heads do not divide among {kv_heads} KV heads"
+    if not q.stride(2) == k_cache.stride(3) == v_cache.stride(3) == 1:
+        return "the elements of a head must be contiguous"
+    return None
 
 
 def paged_attention(
@@ -259,14 +273,18 @@ def paged_attention(
     """
     batch, heads, head_dim = q.shape
     _, block_size, kv_heads, _ = k_cache.shape
-    _require(k_cache.shape == v_cache.shape, f"k_cache is {list(k_cache.shape)} and v_cache {list(v_cache.shape)}")
-    _require(k_cache.shape[3] == head_dim, f"q's head_dim is {head_dim}, the cache's {k_cache.shape[3]}")
-    _require(heads % kv_heads == 0, f"{heads} query heads do not divide among {kv_heads} KV heads")
-    _require(block_table.shape[0] == batch and context_lens.shape[0] == batch, "a row of q, of the table, and a length")
-    _require(q.stride(2) == k_cache.stride(3) == v_cache.stride(3) == 1, "the elements of a head must be contiguous")
+    words = misfit(q, k_cache, v_cache)
+    _require(words is None, words)
+    _require(
+        block_table.shape[0] == batch and context_lens.shape[0] == batch,
+        "a row of q, of the table, and a length",
+    )
     scaled = k_cache.dtype == torch.float8_e4m3fn
     _require(scaled or k_cache.dtype == q.dtype, f"q is {q.dtype} and the cache {k_cache.dtype}")
-    _require(scaled == (k_scale is not None) == (v_scale is not None), "k_scale and v_scale belong to a float8 cache")
+    _require(
+        scaled == (k_scale is not None) == (v_scale is not None),
+        "k_scale and v_scale belong to a float8 cache",
+    )
 
     out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     if batch == 0:
@@ -277,8 +295,10 @@ def paged_attention(
     launch = _launch(items, block_dim * q.element_size())
     splits = launch["SPLITS"]
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": head_dim}
-    parts = torch.empty(items, splits, group, head_dim, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(items, splits, group, dtype=torch.float32, device=q.device)
+    parts = part_lse = None
+    if splits > 1:
+        parts = torch.empty(items, splits, group, head_dim, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(items, splits, group, dtype=torch.float32, device=q.device)
     _paged_attention_kernel[(items, splits)](
         q,
         k_cache,

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .flash_attn_limits import needs_flash_attn, refused_by_flash_attn
 from .op import Case, Cost, Implementation, Op, needs_gpu
-from .paged_attention import paged_cache
+from .paged_attention import LOG2_E, misfit, paged_cache
 from .rotary import fused_qkv
 
 REFERENCE_SCORES = 1 << 27
@@ -50,9 +50,7 @@ def prefill_attention_reference(
         blocks = block_table[i, : -(-context // block_size)].long()
         k = k_cache[blocks].flatten(0, 1)[:context].transpose(0, 1)  # [kv_heads, context, head_dim]
         v = v_cache[blocks].flatten(0, 1)[:context].transpose(0, 1)
-        rows = max(
-            1, REFERENCE_SCORES // (q.shape[1] * max(context, 1))
-        )  # long chunks in slices, for their scores' sake
+        rows = max(1, REFERENCE_SCORES // (q.shape[1] * max(context, 1)))  # of a slice: the scores of a chunk are many
         for first in range(start, end, rows):
             last = min(first + rows, end)
             seen = torch.arange(first, last, device=q.device) + context - end + 1
@@ -174,9 +172,6 @@ def _prefill_attention_kernel(
     tl.store(out_ptr + (in_block * (heads * HEAD_DIM))[:, None] + dims[None, :], y, mask=query_mask)
 
 
-LOG2_E = 1.4426950408889634
-
-
 def _launch(head_dim: int, itemsize: int, block_size: int, max_query_len: int, shared_memory: int) -> dict[str, int]:
     """Queries and tokens a tile, loads in flight and warps, for a GPU with that many bytes of shared memory a block."""
     if itemsize == 4:  # products without tensor cores, whose operands are held in registers
@@ -226,14 +221,16 @@ def prefill_attention(
     chunks = len(context_lens)
     _, block_size, kv_heads, _ = k_cache.shape
     _require(q.dtype in OP.dtypes, f"it computes in float16, bfloat16 and float32, not in {q.dtype}")
-    _require(k_cache.dtype == v_cache.dtype == q.dtype, f"q is {q.dtype}, the cache {k_cache.dtype}, {v_cache.dtype}")
-    _require(k_cache.shape == v_cache.shape, f"k_cache is {list(k_cache.shape)} and v_cache {list(v_cache.shape)}")
-    _require(k_cache.shape[3] == head_dim, f"q's head_dim is {head_dim}, the cache's {k_cache.shape[3]}")
-    _require(heads % kv_heads == 0, f"{heads} query heads do not divide among {kv_heads} KV heads")
     _require(
-        len(block_table) == chunks and len(query_start) == chunks + 1, "chunks: query_start, table, contexts differ"
+        k_cache.dtype == v_cache.dtype == q.dtype,
+        f"q is {q.dtype}, the cache {k_cache.dtype}, {v_cache.dtype}",
     )
-    _require(q.stride(2) == k_cache.stride(3) == v_cache.stride(3) == 1, "the elements of a head must be contiguous")
+    words = misfit(q, k_cache, v_cache)
+    _require(words is None, words)
+    _require(
+        len(block_table) == chunks and len(query_start) == chunks + 1,
+        "chunks: query_start, table, contexts differ",
+    )
     _require(block_table.stride(1) == 1, "a row of the table must be contiguous")
     _require(scale > 0, f"the scale must be positive, and is {scale}")
 
