@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
+from statistics import geometric_mean
 from types import ModuleType
 from typing import Any
 
@@ -62,10 +63,18 @@ def grid(**values: tuple[int, ...]) -> tuple[Launch, ...]:
     return tuple(dict(zip(values, combination, strict=True)) for combination in product(*values.values()))
 
 
-def _attention() -> tuple[Launch, ...]:
-    splits = grid(SPLITS=(1,), MIN_CHUNK=(512,)) + grid(SPLITS=(8, 16, 64), MIN_CHUNK=(128, 512))
-    tiles = ((32, 4, 4), (64, 3, 4), (64, 4, 8), (128, 2, 4), (128, 3, 8))
-    return tuple({"TILE": t, "STAGES": s, "num_warps": w, **split} for t, s, w in tiles for split in splits)
+def _attention(sizes: range, *cuts: tuple[int, int]) -> Sweep:
+    """cuts: chunks of a context at most, tokens of a chunk at least.  sizes: of the batches they are tried on."""
+    names = ("TILE", "STAGES", "num_warps", "SPLITS", "MIN_CHUNK")
+    tiles = ((32, 3, 4), (32, 4, 4), (64, 2, 4), (64, 3, 4), (128, 2, 4))
+    launches = [dict(zip(names, tile + cut, strict=True)) for tile, cut in product(tiles, cuts) if cut[1] >= tile[0]]
+
+    def serves(case: Case) -> bool:
+        qwen2_7b = paged_attention.OP.large_cases[0].sizes
+        alike = all(case.sizes.get(key) == qwen2_7b.get(key) for key in ("heads", "head_dim", "block_size", "float8"))
+        return alike and case.sizes["batch"] in sizes and case.sizes["context"] <= 32768
+
+    return Sweep(paged_attention.OP, "triton", paged_attention, "_launch", tuple(launches), serves)
 
 
 def _few_rows() -> tuple[Launch, ...]:
@@ -81,7 +90,12 @@ def _prefill() -> tuple[Launch, ...]:
 
 
 SWEEPS: dict[str, tuple[Sweep, ...]] = {
-    "paged_attention": (Sweep(paged_attention.OP, "triton", paged_attention, "_launch", _attention()),),
+    "paged_attention": (
+        _attention(range(2), (64, 32), (64, 64), (33, 64), (128, 32)),
+        _attention(range(2, 17), (8, 64), (12, 64), (16, 64), (24, 64), (33, 64)),
+        _attention(range(17, 65), (1, 512), (16, 512), (4, 1024), (4, 2048), (8, 1024), (8, 2048), (16, 2048)),
+        _attention(range(65, 1024), (1, 512), (4, 2048), (4, 4096), (16, 4096)),
+    ),
     "prefill_attention": (Sweep(prefill_attention.OP, "triton", prefill_attention, "_launch", _prefill()),),
     "linear": (
         Sweep(
@@ -147,6 +161,18 @@ def _time(sweep: Sweep, case: Case) -> list[tuple[float, Launch]]:
     return sorted(times, key=lambda entry: entry[0])
 
 
+def overall(timed: list[list[tuple[float, Launch]]]) -> list[tuple[float, Launch]]:
+    """Each launch that served every case, with its time over the best one's in the geometric mean; the best first."""
+    ratios: dict[str, list[float]] = {}
+    launches = {}
+    for times in timed:
+        for us, launch in times:
+            ratios.setdefault(in_a_word(launch), []).append(us / times[0][0])
+            launches[in_a_word(launch)] = launch
+    means = [(geometric_mean(r), launches[word]) for word, r in ratios.items() if len(r) == len(timed)]
+    return sorted(means, key=lambda entry: entry[0])
+
+
 def in_a_word(launch: Launch) -> str:
     return " ".join(f"{name}={value}" for name, value in launch.items())
 
@@ -169,10 +195,14 @@ def main() -> None:
     for name in names:
         rows = []
         for sweep in SWEEPS[name]:
+            timed = []
             for case in sweep.cases:
                 times = _time(sweep, case)
+                timed.append(times)
                 print(f"{name} {case}", *(f"  {us:.2f} µs {in_a_word(launch)}" for us, launch in times[:5]), sep="\n")
                 rows += [{"case": str(case), "launch": in_a_word(launch), "µs": us} for us, launch in times]
+            best = (f"  × {ratio:.3f} {in_a_word(launch)}" for ratio, launch in overall(timed)[:5])
+            print(f"{name}, {len(timed)} cases together", *best, sep="\n", flush=True)
         print(record.save(f"tune-{name}", rows), flush=True)
 
 

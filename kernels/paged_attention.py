@@ -222,17 +222,17 @@ def _launch(items: int, bytes_per_head: int) -> dict[str, int]:
 
     items: sequences times KV heads.  bytes_per_head: of a key, its elements padded to a power of 2.
 
-    They are chosen for Qwen2-7B in bfloat16 on an H200; `python -m bench.tune paged_attention` sweeps others. Few items
-    are cut finely, for every multiprocessor to have one; many enough are not cut at all.
+    Chosen for Qwen2-7B in bfloat16 on an H200, from what `python -m bench.tune paged_attention` measures. Few items are
+    cut finely, for every multiprocessor to have some; many are not cut at all.
     """
     if items <= 8:
         launch = {"TILE": 32, "MIN_CHUNK": 32, "SPLITS": 64, "STAGES": 4, "num_warps": 4}
     elif items <= 64:
-        launch = {"TILE": 32, "MIN_CHUNK": 64, "SPLITS": 12, "STAGES": 4, "num_warps": 4}
+        launch = {"TILE": 32, "MIN_CHUNK": 64, "SPLITS": 12, "STAGES": 3, "num_warps": 4}
     elif items <= 256:
-        launch = {"TILE": 128, "MIN_CHUNK": 512, "SPLITS": 16, "STAGES": 2, "num_warps": 4}
+        launch = {"TILE": 128, "MIN_CHUNK": 2048, "SPLITS": 4, "STAGES": 2, "num_warps": 4}
     else:
-        launch = {"TILE": 32, "MIN_CHUNK": 512, "SPLITS": 1, "STAGES": 4, "num_warps": 4}
+        launch = {"TILE": 64, "MIN_CHUNK": 64, "SPLITS": 1, "STAGES": 2, "num_warps": 4}
     # A wider head or element takes fewer tokens: no tile is larger than the sweep's largest, 128 tokens of 256 bytes.
     return launch | {"TILE": min(launch["TILE"], 128 * 256 // bytes_per_head)}
 

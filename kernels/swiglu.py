@@ -42,10 +42,9 @@ def _swiglu_kernel(
     tl.store(y_ptr + token * INTERMEDIATE + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(tokens: int, intermediate: int) -> dict[str, int]:
-    """BLOCK and num_warps for that many rows of `intermediate` elements."""
-    # Few rows: one 16-byte load of each half a thread, the soonest done. Many rows: two, so that more is under way.
-    return {"BLOCK": 1024, "num_warps": 4 if tokens <= 256 else 2}
+def _launch() -> dict[str, int]:
+    """BLOCK and num_warps: one 16-byte load of each half a thread, whatever the size."""
+    return {"BLOCK": 1024, "num_warps": 4}
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -64,7 +63,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     y = torch.empty(tokens, intermediate, dtype=gate_up.dtype, device=gate_up.device)
     if y.numel() == 0:
         return y
-    launch = _launch(tokens, intermediate) | dependent_launch(gate_up.device)
+    launch = _launch() | dependent_launch(gate_up.device)
     grid = (tokens * triton.cdiv(intermediate, launch["BLOCK"]),)
     _swiglu_kernel[grid](gate_up, y, gate_up.stride(0), INTERMEDIATE=intermediate, **launch)
     return y

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from microvllm.bench.tune import SWEEPS, grid
+from microvllm.bench.tune import SWEEPS, grid, overall
 from microvllm.kernels.op import Case
 
 SMALL = {
@@ -33,3 +33,11 @@ def test_candidates_are_launches_of_their_kernel(sweep):
 
 def test_a_grid_is_every_combination():
     assert grid(a=(1, 2), b=(3,)) == ({"a": 1, "b": 3}, {"a": 2, "b": 3})
+
+
+def test_the_best_launch_overall_serves_every_case():
+    a, b, c = {"x": 1}, {"x": 2}, {"x": 3}
+    ranked = overall([[(1.0, a), (1.5, b), (9.0, c)], [(2.0, c), (3.0, b), (8.0, a)]])
+    assert [launch for _, launch in ranked] == [b, a, c]
+    assert ranked[0][0] == pytest.approx(1.5)
+    assert overall([[(1.0, a), (2.0, b)], [(1.0, b)]]) == [(pytest.approx(2**0.5), b)]
