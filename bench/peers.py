@@ -335,8 +335,17 @@ def _flashinfer_sample_refuses(*, temperature, min_p, **rest):
 
 
 @cache
+def _compile_without_scans() -> None:
+    """Leaves cumsum to PyTorch: over a vocabulary, split among programs, Inductor fails to compile it in torch 2.11."""
+    from torch._inductor.lowering import make_fallback
+
+    make_fallback(torch.ops.aten.cumsum)
+
+
+@cache
 def _compiled(reference: Callable) -> Callable:
     torch._dynamo.config.recompile_limit = 1 << 10  # past it dynamo would run a case uncompiled
+    _compile_without_scans()
     return torch.compile(reference, fullgraph=True, dynamic=False)
 
 
@@ -344,10 +353,10 @@ def _compiled_reference(op: Op, **options: Any) -> Peer:
     return Peer("torch.compile", lambda **inputs: partial(_compiled(op.reference), **inputs), **options)
 
 
-def _not_worth_compiling(*, top_k, top_p, min_p, **rest):
-    """Every set of filters is another program, and takes seconds to compile."""
+def _not_worth_compiling(*, logits, top_k, top_p, min_p, **rest):
+    """Every set of filters and every size is another program, and takes seconds to compile."""
     both = top_k is not None and top_p is not None and min_p is None
-    return None if both else "measured with top-k and top-p alone"
+    return None if both and len(logits) in (1, 128) else "measured with top-k and top-p alone, at 1 and 128 rows"
 
 
 _VLLM, _FLASHINFER, _FLASH_ATTN = _installed("vllm"), _installed("flashinfer"), _installed("flash_attn")

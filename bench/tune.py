@@ -64,8 +64,8 @@ def grid(**values: tuple[int, ...]) -> tuple[Launch, ...]:
 
 
 def _attention(sizes: range, *cuts: tuple[int, int]) -> Sweep:
-    """cuts: chunks of a context at most, tokens of a chunk at least.  sizes: of the batches they are tried on."""
-    names = ("TILE", "STAGES", "num_warps", "SPLITS", "MIN_CHUNK")
+    """cuts: chunks of all contexts together, tokens of a chunk at least.  sizes: of the batches they are tried on."""
+    names = ("TILE", "STAGES", "num_warps", "chunks", "MIN_CHUNK")
     tiles = ((32, 3, 4), (32, 4, 4), (64, 2, 4), (64, 3, 4), (128, 2, 4))
     launches = [dict(zip(names, tile + cut, strict=True)) for tile, cut in product(tiles, cuts) if cut[1] >= tile[0]]
 
@@ -91,10 +91,10 @@ def _prefill() -> tuple[Launch, ...]:
 
 SWEEPS: dict[str, tuple[Sweep, ...]] = {
     "paged_attention": (
-        _attention(range(2), (64, 32), (64, 64), (33, 64), (128, 32)),
-        _attention(range(2, 17), (8, 64), (12, 64), (16, 64), (24, 64), (33, 64)),
-        _attention(range(17, 65), (1, 512), (16, 512), (4, 1024), (4, 2048), (8, 1024), (8, 2048), (16, 2048)),
-        _attention(range(65, 1024), (1, 512), (4, 2048), (4, 4096), (16, 4096)),
+        _attention(range(2), (256, 32), (256, 64), (384, 32)),
+        _attention(range(2, 17), (256, 64), (384, 64), (512, 64), (640, 64)),
+        _attention(range(17, 65), (0, 128), (280, 256), (420, 256), (560, 256), (840, 256), (1120, 256)),
+        _attention(range(65, 1024), (0, 128), (640, 512), (1120, 512)),
     ),
     "prefill_attention": (Sweep(prefill_attention.OP, "triton", prefill_attention, "_launch", _prefill()),),
     "linear": (

@@ -179,15 +179,19 @@ def _one_row_launch(outputs: int) -> dict[str, int]:
 def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | None:
     """Tile, splits of the inputs, stages of loads in flight and warps; None where cuBLAS is faster.
 
-    The splits give every multiprocessor something to read: two programs each for up to 16 rows, one for more, whose
-    tiles of x leave room for no second.
+    The splits give every multiprocessor something to read: two or three programs each for up to 16 rows, one for more,
+    whose tiles of x leave room for no second.
     """
     tiles = triton.cdiv(outputs, 64)
     if rows <= 16:
-        splits = min(round(2 * _MULTIPROCESSORS / tiles), inputs // 256)
-        return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": max(splits, 1), "STAGES": 3, "num_warps": 4}
-    if tiles >= 8 * _MULTIPROCESSORS:
-        return {"BLOCK_OUT": 128, "BLOCK_IN": 128, "SPLITS": 1, "STAGES": 4, "num_warps": 8}
+        if tiles >= 2 * _MULTIPROCESSORS:
+            return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": 1, "STAGES": 3, "num_warps": 4}
+        if tiles >= _MULTIPROCESSORS:
+            return None
+        splits = max(1, min(triton.cdiv(320, tiles), inputs // 128, 8))
+        if inputs >= 8192:
+            return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": splits, "STAGES": 3, "num_warps": 4}
+        return {"BLOCK_OUT": 64, "BLOCK_IN": 64, "SPLITS": splits, "STAGES": 4, "num_warps": 4}
     if tiles >= 2 * _MULTIPROCESSORS:
         return {"BLOCK_OUT": 128, "BLOCK_IN": 64, "SPLITS": 1, "STAGES": 3, "num_warps": 8}
     splits = min(_MULTIPROCESSORS // tiles, inputs // 256)

@@ -69,6 +69,7 @@ def _paged_attention_kernel(
     part_ptr,
     part_lse_ptr,
     scale_log2,
+    batch,
     q_stride_row,
     q_stride_head,
     k_stride_block,
@@ -78,57 +79,75 @@ def _paged_attention_kernel(
     v_stride_token,
     v_stride_head,
     table_stride,
+    chunks,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
     TILE: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    CUT: tl.constexpr,
     SCALED: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """A program takes one chunk of one sequence, for one KV head and the query heads that read it. The result of a
-    sequence in one chunk is final, the others are parts for `_merge_kernel`.
+    """A program takes one chunk of one sequence, for one KV head and the query heads that read it; without CUT, the
+    whole context. The result of a sequence in one chunk is final, the others are parts for `_merge_kernel`.
     """
     allow_next(DEPENDENT)
-    BLOCK_GROUP: tl.constexpr = max(16, triton.next_power_of_2(GROUP))  # the matrix unit takes 16 rows
-    BLOCK_DIM: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
-    item = tl.program_id(0)
-    split = tl.program_id(1)
-    row = (item // KV_HEADS).to(tl.int64)
-    kv_head = item % KV_HEADS
-    context = tl.load(context_ptr + row)
-
-    head = tl.arange(0, BLOCK_GROUP)
-    dims = tl.arange(0, BLOCK_DIM)
-    in_tile = tl.arange(0, TILE)
-    head_mask = (head < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    q = tl.load(
-        q_ptr + row * q_stride_row + (kv_head * GROUP + head)[:, None] * q_stride_head + dims[None, :],
-        mask=head_mask,
-        other=0.0,
-    )
-
-    chunk = _chunk(context, TILE, MIN_CHUNK, SPLITS)
-    start = split * chunk
-    end = tl.minimum(start + chunk, context)
-    if (start < end) | (split == 0):  # the first program of a padded row writes its zeros
-        logit_scale = scale_log2
+    program = tl.program_id(0)
+    if CUT:
+        rows = tl.arange(0, BLOCK_BATCH)
+        contexts, counts = _cut(context_ptr, batch, chunks, KV_HEADS, BLOCK_BATCH, TILE, MIN_CHUNK)
+        # The programs of a chunk's KV heads are neighbours, for they read neighbouring memory.
+        row = tl.sum((tl.cumsum(counts, 0) * KV_HEADS <= program).to(tl.int32), 0)
+        within = program - tl.sum(tl.where(rows < row, counts, 0), 0) * KV_HEADS
+        count = tl.sum(tl.where(rows == row, counts, 0), 0)
+        context = tl.sum(tl.where(rows == row, contexts, 0), 0)
+        tiles = (context + TILE - 1) // TILE
+        chunk = within // KV_HEADS
+        start = chunk * tiles // tl.maximum(count, 1) * TILE
+        end = tl.minimum((chunk + 1) * tiles // tl.maximum(count, 1) * TILE, context)
+    else:
+        row = program // KV_HEADS
+        within = program % KV_HEADS
+        count = tl.full((), 1, tl.int32)
+        start = 0
+        end = tl.load(context_ptr + row)
+    if row < batch:
+        BLOCK_GROUP: tl.constexpr = max(16, triton.next_power_of_2(GROUP))  # the matrix unit takes 16 rows
+        BLOCK_DIM: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
+        kv_head = within % KV_HEADS
+        head = tl.arange(0, BLOCK_GROUP)
+        dims = tl.arange(0, BLOCK_DIM)
+        in_tile = tl.arange(0, TILE)
+        table_row = table_ptr + row.to(tl.int64) * table_stride
+        # A tile's place in the table is loaded while the tile before it is computed; the first, with the context.
+        if BLOCK_SIZE % TILE == 0:
+            page = tl.load(table_row + start // BLOCK_SIZE)
+        else:
+            page = tl.load(table_row + (start + in_tile) // BLOCK_SIZE, mask=start + in_tile < end, other=0)
+        head_mask = (head < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+        q_row = q_ptr + row.to(tl.int64) * q_stride_row
+        q = tl.load(
+            q_row + (kv_head * GROUP + head)[:, None] * q_stride_head + dims[None, :], mask=head_mask, other=0.0
+        )
+        logit_scale = tl.full([BLOCK_GROUP], 1.0, tl.float32) * scale_log2
         if SCALED:
             logit_scale *= tl.load(k_scale_ptr + kv_head)
+            if q.dtype == tl.bfloat16:
+                # float8 becomes float16 at once, and bfloat16 only by way of it. So q does too, each head brought into
+                # float16's range by a power of 2.
+                largest = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 2.0**-100)
+                power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+                q = (q.to(tl.float32) / power[:, None]).to(tl.float16)
+                logit_scale *= power
         highest = tl.full([BLOCK_GROUP], -1e30, tl.float32)  # finite: an empty tile must not make inf − inf
         weight_sum = tl.zeros([BLOCK_GROUP], tl.float32)
         acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
         k_head = k_ptr + kv_head * k_stride_head
         v_head = v_ptr + kv_head * v_stride_head
-        table_row = table_ptr + row * table_stride
-        # A tile's place in the table is loaded while the tile before it is computed.
-        if BLOCK_SIZE % TILE == 0:
-            page = tl.load(table_row + start // BLOCK_SIZE, mask=start < end, other=0)
-        else:
-            page = tl.load(table_row + (start + in_tile) // BLOCK_SIZE, mask=start + in_tile < end, other=0)
         for tile in tl.range(start, end, TILE, num_stages=STAGES):
             seen = tile + in_tile < end
             offset = (tile + in_tile) % BLOCK_SIZE
@@ -143,7 +162,7 @@ def _paged_attention_kernel(
             else:
                 page = tl.load(table_row + (ahead + in_tile) // BLOCK_SIZE, mask=ahead + in_tile < end, other=0)
 
-            logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * logit_scale
+            logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * logit_scale[:, None]
             logits = tl.where(seen[None, :], logits, float("-inf"))
             higher = tl.maximum(highest, tl.max(logits, 1))
             fade = tl.exp2(highest - higher)
@@ -155,20 +174,38 @@ def _paged_attention_kernel(
         acc = acc / tl.where(weight_sum > 0, weight_sum, 1.0)[:, None]
         if SCALED:
             acc *= tl.load(v_scale_ptr + kv_head)
-        item_out = out_ptr + item.to(tl.int64) * (GROUP * HEAD_DIM)
         place = head[:, None] * HEAD_DIM + dims[None, :]
-        if SPLITS == 1 or chunk >= context:
-            tl.store(item_out + place, acc.to(out_ptr.dtype.element_ty), mask=head_mask)
-        else:
-            part = (item * SPLITS + split) * GROUP
-            tl.store(part_ptr + part.to(tl.int64) * HEAD_DIM + place, acc, mask=head_mask)
-            tl.store(part_lse_ptr + part + head, highest + tl.log2(weight_sum), mask=head < GROUP)
+        item_out = out_ptr + (row * KV_HEADS + kv_head).to(tl.int64) * (GROUP * HEAD_DIM)
+        final = tl.where(count == 1, GROUP, 0)  # heads whose result this is; else it is a part of each
+        final_mask = (head < final)[:, None] & (dims < HEAD_DIM)[None, :]
+        tl.store(item_out + place, acc.to(out_ptr.dtype.element_ty), mask=final_mask)
+        if CUT:  # noqa: SIM102  this one is decided by the compiler
+            if count > 1:
+                part = program * GROUP
+                tl.store(part_ptr + part.to(tl.int64) * HEAD_DIM + place, acc, mask=head_mask)
+                tl.store(part_lse_ptr + part + head, highest + tl.log2(weight_sum), mask=head < GROUP)
 
 
 @triton.jit
-def _chunk(context, TILE: tl.constexpr, MIN_CHUNK: tl.constexpr, SPLITS: tl.constexpr):
-    """Tokens a chunk of this context has: whole tiles, and so many that SPLITS of them suffice."""
-    return tl.maximum(((context + SPLITS - 1) // SPLITS + TILE - 1) // TILE * TILE, MIN_CHUNK)
+def _cut(
+    context_ptr,
+    batch,
+    chunks,
+    KV_HEADS: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    TILE: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+):
+    """(contexts, into how many chunks each is cut), so that all KV heads have `chunks` chunks together, of one size.
+
+    Rounded up for each sequence, so they may be more by one for each sequence and KV head. A padded row counts as one
+    chunk, for somebody must write its zeros; a row past the batch as none.
+    """
+    rows = tl.arange(0, BLOCK_BATCH)
+    contexts = tl.load(context_ptr + rows, mask=rows < batch, other=0)
+    size = (tl.sum(contexts, 0) * KV_HEADS + chunks - 1) // chunks
+    size = tl.maximum((size + TILE - 1) // TILE * TILE, MIN_CHUNK)
+    return contexts, tl.where(rows < batch, tl.maximum((contexts + size - 1) // size, 1), 0)
 
 
 @triton.jit
@@ -177,40 +214,52 @@ def _merge_kernel(
     part_ptr,
     part_lse_ptr,
     out_ptr,
+    batch,
+    chunks,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
     TILE: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Σ 2^(lse_i − lse) · part_i over the parts of a sequence that has several, for AT_ONCE query heads."""
-    item = tl.program_id(0)
-    context = tl.load(context_ptr + item // KV_HEADS)
-    chunk = _chunk(context, TILE, MIN_CHUNK, SPLITS)
+    """Σ 2^(lse_i − lse) · part_i over the parts of a query head whose context is cut, PARTS at a time."""
+    row = tl.program_id(0) // (KV_HEADS * GROUP)
+    kv_head = tl.program_id(0) // GROUP % KV_HEADS
+    head = tl.program_id(0) % GROUP
+    rows = tl.arange(0, BLOCK_BATCH)
+    _, counts = _cut(context_ptr, batch, chunks, KV_HEADS, BLOCK_BATCH, TILE, MIN_CHUNK)
+    count = tl.sum(tl.where(rows == row, counts, 0), 0)
+    first = tl.sum(tl.where(rows < row, counts, 0), 0) * KV_HEADS + kv_head
     # The lengths were there before the kernel that made the parts began, for it is no dependent launch itself.
     wait_for_previous(DEPENDENT)
-    if chunk < context:
-        split = tl.arange(0, triton.next_power_of_2(SPLITS))
-        head = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)
+    if count > 1:
         dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
-        there = (split * chunk < context)[:, None] & (head < GROUP)[None, :]
-        part = (item * SPLITS + split)[:, None] * GROUP + head[None, :]
-        lse = tl.load(part_lse_ptr + part, mask=there, other=-1e30)
-        value = tl.load(
-            part_ptr + part.to(tl.int64)[:, :, None] * HEAD_DIM + dims[None, None, :],
-            mask=there[:, :, None] & (dims < HEAD_DIM)[None, None, :],
-            other=0.0,
-        )
-        weight = tl.exp2(lse - tl.max(lse, 0)[None, :])
-        y = tl.sum(weight[:, :, None] * value, 0) / tl.sum(weight, 0)[:, None]
-        place = (item * GROUP + head).to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
+        highest = tl.full((), -1e30, tl.float32)
+        weight_sum = tl.full((), 0.0, tl.float32)
+        acc = tl.zeros([triton.next_power_of_2(HEAD_DIM)], tl.float32)
+        for start in tl.range(0, count, PARTS):
+            chunk = start + tl.arange(0, PARTS)
+            part = (first + chunk * KV_HEADS) * GROUP + head
+            lse = tl.load(part_lse_ptr + part, mask=chunk < count, other=float("-inf"))
+            value = tl.load(
+                part_ptr + part.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :],
+                mask=(chunk < count)[:, None] & (dims < HEAD_DIM)[None, :],
+                other=0.0,
+            )
+            higher = tl.maximum(highest, tl.max(lse, 0))
+            fade = tl.exp2(highest - higher)
+            weight = tl.exp2(lse - higher)
+            weight_sum = weight_sum * fade + tl.sum(weight, 0)
+            acc = acc * fade + tl.sum(weight[:, None] * value, 0)
+            highest = higher
+        y = acc / weight_sum
         tl.store(
-            out_ptr + place,
+            out_ptr + tl.program_id(0).to(tl.int64) * HEAD_DIM + dims,
             y.to(out_ptr.dtype.element_ty),
-            mask=(head < GROUP)[:, None] & (dims < HEAD_DIM)[None, :],
+            mask=dims < HEAD_DIM,
         )
 
 
@@ -218,23 +267,21 @@ LOG2_E = 1.4426950408889634
 
 
 def _launch(items: int, bytes_per_head: int) -> dict[str, int]:
-    """Tokens a tile, tokens a chunk at least, chunks of a context at most, stages of loads in flight, and warps.
+    """chunks that all contexts together are cut into (0: they are not cut), tokens a chunk has at least, stages of
+    loads in flight, tokens a tile, and warps.
 
     items: sequences times KV heads.  bytes_per_head: of a key, its elements padded to a power of 2.
 
-    Chosen for Qwen2-7B in bfloat16 on an H200, from what `python -m bench.tune paged_attention` measures. Few items are
-    cut finely, for every multiprocessor to have some; many are not cut at all.
+    Chosen for Qwen2-7B in bfloat16 on an H200, from what `python -m bench.tune paged_attention` measures: two or three
+    chunks a multiprocessor, and whole contexts where there are more of them than that.
     """
-    if items <= 8:
-        launch = {"TILE": 32, "MIN_CHUNK": 32, "SPLITS": 64, "STAGES": 4, "num_warps": 4}
-    elif items <= 64:
-        launch = {"TILE": 32, "MIN_CHUNK": 64, "SPLITS": 12, "STAGES": 3, "num_warps": 4}
+    if items <= 64:
+        launch = {"chunks": 256, "MIN_CHUNK": 64, "STAGES": 3}
     elif items <= 256:
-        launch = {"TILE": 128, "MIN_CHUNK": 2048, "SPLITS": 4, "STAGES": 2, "num_warps": 4}
+        launch = {"chunks": 420, "MIN_CHUNK": 256, "STAGES": 2}
     else:
-        launch = {"TILE": 64, "MIN_CHUNK": 64, "SPLITS": 1, "STAGES": 2, "num_warps": 4}
-    # A wider head or element takes fewer tokens: no tile is larger than the sweep's largest, 128 tokens of 256 bytes.
-    return launch | {"TILE": min(launch["TILE"], 128 * 256 // bytes_per_head)}
+        launch = {"chunks": 0, "MIN_CHUNK": 64, "STAGES": 2}
+    return launch | {"TILE": min(128, 64 * 256 // bytes_per_head), "num_warps": 4}  # 16 KB of keys, as in the sweep
 
 
 def _require(holds: bool, words: str) -> None:
@@ -293,13 +340,19 @@ def paged_attention(
     items = batch * kv_heads
     block_dim = triton.next_power_of_2(head_dim)
     launch = _launch(items, block_dim * q.element_size())
-    splits = launch["SPLITS"]
-    shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": head_dim}
+    chunks = launch["chunks"]
+    shape = {
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_BATCH": triton.next_power_of_2(batch),
+    }
+    programs = items + chunks
     parts = part_lse = None
-    if splits > 1:
-        parts = torch.empty(items, splits, group, head_dim, dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(items, splits, group, dtype=torch.float32, device=q.device)
-    _paged_attention_kernel[(items, splits)](
+    if chunks:
+        parts = torch.empty(programs, group, head_dim, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(programs, group, dtype=torch.float32, device=q.device)
+    _paged_attention_kernel[(programs,)](
         q,
         k_cache,
         v_cache,
@@ -311,30 +364,31 @@ def paged_attention(
         parts,
         part_lse,
         scale * LOG2_E,
+        batch,
         q.stride(0),
         q.stride(1),
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
         block_table.stride(0),
         BLOCK_SIZE=block_size,
+        CUT=chunks > 0,
         SCALED=scaled,
         DEPENDENT=has_dependent_launch(q.device),
         **shape,
         **launch,
     )
-    if splits > 1:
-        # As many heads a program as their parts leave registers for.
-        at_once = max(1, min(triton.next_power_of_2(group), 8192 // (triton.next_power_of_2(splits) * block_dim)))
-        chunks = {name: launch[name] for name in ("TILE", "MIN_CHUNK", "SPLITS")}
-        _merge_kernel[(items, triton.cdiv(group, at_once))](
+    if chunks:
+        parts_at_once = min(64, triton.next_power_of_2(triton.cdiv(chunks, items)))
+        _merge_kernel[(batch * heads,)](
             context_lens,
             parts,
             part_lse,
             out,
-            AT_ONCE=at_once,
-            num_warps=4,
+            batch,
+            PARTS=parts_at_once,
+            num_warps=max(1, parts_at_once // 16),
             **shape,
-            **chunks,
+            **{name: launch[name] for name in ("chunks", "MIN_CHUNK", "TILE")},
             **dependent_launch(q.device),
         )
     return out
