@@ -267,21 +267,23 @@ LOG2_E = 1.4426950408889634
 
 
 def _launch(items: int, bytes_per_head: int) -> dict[str, int]:
-    """chunks that all contexts together are cut into (0: they are not cut), tokens a chunk has at least, stages of
-    loads in flight, tokens a tile, and warps.
+    """chunks that all contexts together are cut into (0: they are not cut), tokens a chunk has at least, tokens a
+    tile, stages of loads in flight, and warps.
 
     items: sequences times KV heads.  bytes_per_head: of a key, its elements padded to a power of 2.
 
-    Chosen for Qwen2-7B in bfloat16 on an H200, from what `python -m bench.tune paged_attention` measures: two or three
-    chunks a multiprocessor, and whole contexts where there are more of them than that.
+    Chosen for Qwen2-7B in bfloat16 on an H200, whose keys have 256 bytes, from what `python -m bench.tune
+    paged_attention` measures: about three chunks a multiprocessor, and whole contexts where there are more than that.
     """
     if items <= 64:
-        launch = {"chunks": 256, "MIN_CHUNK": 64, "STAGES": 3}
+        launch = {"chunks": min(64 * items, 384), "MIN_CHUNK": 32 if items <= 8 else 64, "TILE": 32, "STAGES": 3}
     elif items <= 256:
-        launch = {"chunks": 420, "MIN_CHUNK": 256, "STAGES": 2}
+        launch = {"chunks": 420, "MIN_CHUNK": 256, "TILE": 64, "STAGES": 2}
     else:
-        launch = {"chunks": 0, "MIN_CHUNK": 64, "STAGES": 2}
-    return launch | {"TILE": min(128, 64 * 256 // bytes_per_head), "num_warps": 4}  # 16 KB of keys, as in the sweep
+        launch = {"chunks": 0, "MIN_CHUNK": 64, "TILE": 64, "STAGES": 2}
+    for tokens in ("MIN_CHUNK", "TILE"):
+        launch[tokens] = max(16, launch[tokens] * 256 // bytes_per_head)
+    return launch | {"num_warps": 4}
 
 
 def _require(holds: bool, words: str) -> None:
