@@ -40,6 +40,7 @@ def microseconds_a_step(policy: str, window: int | None, running: int, steps: in
     for _ in range(steps):
         start = time.perf_counter()
         batch = scheduler.schedule(0.0)
+        scheduler.advance(batch)
         scheduled = time.perf_counter()
         tokens = [7] * len(batch.sampled)
         drawn = time.perf_counter()
@@ -71,6 +72,7 @@ def cache_use(block_size: int, conversations: int, turns: int, system: int) -> t
     fragmentation = []
     while scheduler.has_work:
         batch = scheduler.schedule(0.0)
+        scheduler.advance(batch)
         fragmentation.append(scheduler.fragmentation)
         scheduler.update(batch, rng.choices(range(VOCAB_SIZE), k=len(batch.sampled)))
         for seq in batch.sampled:

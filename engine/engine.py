@@ -24,7 +24,7 @@ from .cache_manager import KVCacheManager
 from .config import EngineConfig
 from .detokenizer import Detokenizer
 from .kv_cache import allocate_cache, num_blocks_that_fit
-from .model_runner import ModelRunner
+from .model_runner import ModelRunner, Step
 from .outputs import Generations, RequestOutput, StepOutput, Timings, Usage
 from .scheduler import Scheduler
 from .sequence import Sequence, Status
@@ -121,9 +121,11 @@ class InferenceEngine:
         self._eos_token_ids = checkpoint.config.eos_token_ids
         if self.tokenizer is not None:
             self._eos_token_ids |= self.tokenizer.eos_token_ids
+        self._async_scheduling = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)
         self._requests: dict[int, _Request] = {}
+        self._launched: Step | None = None  # while the host is a step behind
         self._outbox: deque[StepOutput] = deque()
         if config.progress:
             gib = num_parameters(model.config) * dtype.itemsize / 2**30
@@ -301,14 +303,33 @@ class InferenceEngine:
         self._requests[request.seq.id] = request
 
     def _step(self) -> None:
+        """Launches the next step. Then its tokens are taken in, or, a step behind, those of the step before, so that
+        the device never waits for the host to have read them.
+        """
+        previous, step = self._launched, None
         batch = self.scheduler.schedule(time.monotonic())
-        assert batch, "requests wait and none can be served"
-        result = self.runner.run(batch)
-        self.scheduler.update(batch, result.tokens)
-        for seq_id, entries in result.prompt_logprobs.items():
-            self._requests[seq_id].seq.prompt_logprobs += entries
+        assert batch or previous, "requests wait and none can be served"
+        if batch:
+            step = self.runner.launch(batch, previous)
+            self.scheduler.advance(batch)
+        if self._async_scheduling:
+            self._launched, step = step, previous
+        if step is not None:
+            self._take_in(step)
+        if not self.has_work:
+            self._launched = None  # nobody waits for what a step has computed that was launched too many
+
+    def _take_in(self, step: Step) -> None:
+        """Enters what a step has computed, and sends it on."""
+        batch, result = step.batch, step.result()
+        taken = self.scheduler.update(batch, result.tokens)
+        for chunk in batch.chunks:
+            if (entries := result.prompt_logprobs.get(chunk.seq.id)) is not None:
+                # In their place: a preempted sequence computes its prompt again.
+                chunk.seq.prompt_logprobs[chunk.start :] = entries
         now = time.monotonic()
-        for seq, token, logprobs in zip(batch.sampled, result.tokens, result.logprobs, strict=True):
+        for i in taken:
+            seq, token, logprobs = batch.sampled[i], result.tokens[i], result.logprobs[i]
             request = self._requests[seq.id]
             if token < 0:
                 self._finish(request, None, "")

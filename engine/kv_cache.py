@@ -65,9 +65,9 @@ def _activations_of_largest_step(model: Qwen2, sampler: Sampler, config: EngineC
     seq.block_table = list(range(blocks))
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_reserved(device)
-    runner.run(Batch([Chunk(seq, 0, tokens)], [], [seq]))
+    runner.launch(Batch([Chunk(seq, 0, tokens)], [], [seq])).result()
     everyone = [seq] * config.max_batch_size
-    runner.run(Batch([], everyone, everyone))
+    runner.launch(Batch([], everyone, everyone)).result()
     peak = torch.cuda.max_memory_reserved(device) - before
     del layer, runner
     torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..model.sampler import Logprobs
+from ..model.logprobs import Logprobs
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 from .cache_manager import KVCacheManager
@@ -31,12 +31,17 @@ class Chunk:
 class Batch:
     """One step: prompt chunks to prefill and sequences to decode by one token.
 
-    sampled: the sequences that get a token from this step, those whose last chunk this is and then the decodes
+    sampled:      the sequences that get a token from this step, those whose last chunk this is and then the decodes
+    preemptions:  of each of them, before this step: one that is preempted meanwhile draws this token anew
     """
 
     chunks: list[Chunk]
     decodes: list[Sequence]
     sampled: list[Sequence]
+    preemptions: list[int] = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "preemptions", [seq.num_preemptions for seq in self.sampled])
 
     def __bool__(self) -> bool:
         return bool(self.chunks or self.decodes)
@@ -44,6 +49,9 @@ class Batch:
 
 class Scheduler:
     """Chooses batches and keeps the books. It has no clock: `now`, in seconds, is an argument and never runs backwards.
+
+    A step is `schedule`, then `advance`, and at last `update`, when its tokens are known. Before that the next step may
+    be scheduled and advanced to. What it computes for a sequence that turns out to have ended is not used.
 
     cache:               the block allocator
     policy:              the order of admission and the alignment of decode batches
@@ -97,7 +105,7 @@ class Scheduler:
         """Takes a running sequence's blocks; it waits again, and what it had computed is computed anew."""
         self.running.remove(seq)
         self.cache.free(seq.id)
-        seq.status, seq.num_computed = Status.WAITING, 0
+        seq.status, seq.num_computed, seq.num_pending = Status.WAITING, 0, 0
         seq.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.push(seq)
@@ -111,7 +119,7 @@ class Scheduler:
         """The share of the cache blocks in use that holds no token: the empty ends of the sequences' last blocks."""
         block_size = self.cache.block_size
         # A token that was just drawn may have no place yet.
-        empty = sum(max(0, len(s.block_table) * block_size - len(s.token_ids)) for s in self.running)
+        empty = sum(max(0, len(s.block_table) * block_size - s.num_tokens) for s in self.running)
         return empty / (self.cache.num_used * block_size) if self.cache.num_used else 0.0
 
     # --- a step ---
@@ -123,7 +131,7 @@ class Scheduler:
         decodes = self._aligned_decodes(horizon)
         while not self._make_room(decodes):
             decodes = self._aligned_decodes(horizon)
-        begun = [seq for seq in self.running if len(seq.token_ids) - seq.num_computed > 1]
+        begun = [seq for seq in self.running if seq.num_uncomputed > 1]
         chunks, held_back = self._prefill_aged(begun, horizon)
         if held_back is not None:
             decodes = [seq for seq in decodes if seq.id < held_back]
@@ -134,26 +142,36 @@ class Scheduler:
             # A preempted sequence may be back already, with a chunk: what it shares with others costs it no block.
             prefilled = {chunk.seq for chunk in chunks}
             decodes = [seq for seq in decodes if seq.status is Status.RUNNING and seq not in prefilled]
-        last = [chunk.seq for chunk in chunks if chunk.end == len(chunk.seq.token_ids)]
+        last = [chunk.seq for chunk in chunks if chunk.end == chunk.seq.num_tokens]
         return Batch(chunks, decodes, last + decodes)
 
-    def update(self, batch: Batch, tokens: list[int]) -> None:
+    def advance(self, batch: Batch) -> None:
+        """Enters that the batch just scheduled is being computed."""
+        for chunk in batch.chunks:
+            chunk.seq.num_computed = chunk.end
+        for seq in batch.decodes:
+            seq.num_computed += 1
+        for seq in batch.sampled:
+            seq.num_pending += 1
+
+    def update(self, batch: Batch, tokens: list[int]) -> list[int]:
         """Enters a step's tokens, one for each of `batch.sampled`; −1 says that its logits were not numbers.
 
-        Sequences that ended meanwhile are passed over. Those that end by a token or by their length end here.
+        Those that end by a token or by their length end here. → the places in `batch.sampled` whose tokens count; those
+        of sequences that ended or were preempted meanwhile do not.
         """
         running, block_size = Status.RUNNING, self.cache.block_size
-        for chunk in batch.chunks:
-            if chunk.seq.status is running:
-                chunk.seq.num_computed = chunk.end
         num_prefilled = len(batch.sampled) - len(batch.decodes)
-        for i, (seq, token) in enumerate(zip(batch.sampled, tokens, strict=True)):
-            if seq.status is not running:
+        taken = []
+        for i, (seq, token, preemptions) in enumerate(zip(batch.sampled, tokens, batch.preemptions, strict=True)):
+            if seq.status is not running or seq.num_preemptions != preemptions:
                 continue
+            taken.append(i)
+            seq.num_pending -= 1
             if token < 0:
                 self.finish(seq, "error")
                 continue
-            seq.num_computed = computed = len(seq.token_ids)
+            computed = len(seq.token_ids)
             # Others may share these blocks only now: had they held NaN, so would the logits.
             if i < num_prefilled or computed % block_size == 0 or computed == seq.num_prompt:
                 self.cache.commit(seq.id, seq.token_ids, computed)
@@ -162,22 +180,24 @@ class Scheduler:
                 self.finish(seq, "stop")
             elif len(seq.token_ids) >= seq.max_length:
                 self.finish(seq, "length")
+        return taken
 
     # --- its own steps ---
 
     def _aligned_decodes(self, horizon: float) -> list[Sequence]:
         """The sequences with one token to compute: all, or those aligned with the shortest and those that are aged."""
-        decodes = [seq for seq in self.running if len(seq.token_ids) - seq.num_computed == 1]
+        # One whose last token is pending has nothing left to compute.
+        decodes = [seq for seq in self.running if seq.num_uncomputed == 1 and seq.num_tokens < seq.max_length]
         if self.policy.window is None or not decodes:
             return decodes
-        longest = min(len(seq.token_ids) for seq in decodes) + self.policy.window
-        return [seq for seq in decodes if len(seq.token_ids) <= longest or seq.arrival_time <= horizon]
+        longest = min(seq.num_tokens for seq in decodes) + self.policy.window
+        return [seq for seq in decodes if seq.num_tokens <= longest or seq.arrival_time <= horizon]
 
     def _make_room(self, decodes: list[Sequence]) -> bool:
         """A place in the cache for each sequence's token, oldest first; False where the newest had to be preempted."""
         block_size = self.cache.block_size
         for seq in decodes:
-            if len(seq.token_ids) > len(seq.block_table) * block_size and not self.cache.append(seq.id):
+            if seq.num_tokens > len(seq.block_table) * block_size and not self.cache.append(seq.id):
                 self.preempt(self.running[-1])
                 return False
         return True

@@ -18,7 +18,8 @@ class Sequence:
 
     id:             its place in the order of arrival
     token_ids:      the prompt, then what has been generated
-    num_computed:   the first so many tokens have their keys and values in the cache
+    num_pending:    tokens after these that a launched step draws, and that are not known yet
+    num_computed:   the first so many tokens have their keys and values in the cache, or will by a launched step
     max_length:     tokens, prompt included, at which it ends
     num_cached:     tokens that were found in the prefix cache when it was first admitted, None before
     block_table:    its blocks of the cache, in order, while it runs
@@ -35,6 +36,7 @@ class Sequence:
         "max_length",
         "num_cached",
         "num_computed",
+        "num_pending",
         "num_preemptions",
         "num_prompt",
         "params",
@@ -66,6 +68,7 @@ class Sequence:
         self.arrival_time = arrival_time
         self.status = Status.WAITING
         self.finish_reason: str | None = None
+        self.num_pending = 0
         self.num_computed = 0
         self.num_cached: int | None = None
         self.num_preemptions = 0
@@ -82,8 +85,13 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt
 
     @property
+    def num_tokens(self) -> int:
+        """Its tokens, those included that are not known yet."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
     def num_uncomputed(self) -> int:
-        return len(self.token_ids) - self.num_computed
+        return self.num_tokens - self.num_computed
 
     @property
     def work_left(self) -> int:

@@ -1,36 +1,38 @@
-"""From logits to tokens: penalties, the draw, and log-probabilities."""
+"""From logits to tokens: what a request asks for, the draw, and log-probabilities."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 
 from ..kernels.kernel_set import KernelSet
-from .sampling_params import SamplingParams
+from .host_copy import HostCopy
+from .logprobs import Logprobs, TokenLogprobs
+from .penalties import adjust
+from .sampling_row import SamplingRow
 
 
-class SamplingRow(Protocol):
-    """What the sampler knows of a request; `engine.sequence.Sequence` is one."""
+class Draw:
+    """Tokens that the device is drawing: `tokens` [rows] int64, −1 where a row's logits are not numbers."""
 
-    params: SamplingParams
-    seed: int
-    token_ids: list[int]
-    num_prompt: int
-    stop_token_ids: frozenset[int]
+    def __init__(self, tokens: torch.Tensor, logits: torch.Tensor, rows: Sequence[SamplingRow]):
+        self.tokens = tokens
+        self._copy = HostCopy(tokens)
+        self._counts = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
+        if self._counts:
+            wanted = list(self._counts)
+            self._logprobs = TokenLogprobs(logits[wanted], tokens[wanted], max(self._counts.values()))
 
-
-class Logprobs(NamedTuple):
-    """The model's natural log-probabilities at one place of a text.
-
-    token_id, logprob: of the token that stands there.   top: (token id, log-probability) of the likeliest, in order
-    """
-
-    token_id: int
-    logprob: float
-    top: list[tuple[int, float]]
+    def result(self) -> tuple[list[int], list[Logprobs | None]]:
+        """The tokens, and log-probabilities where a row asked for them and has a token; waits for the device."""
+        tokens = self._copy.wait()[0].tolist()
+        reported: list[Logprobs | None] = [None] * len(tokens)
+        if self._counts:
+            for (i, count), entry in zip(self._counts.items(), self._logprobs.result(), strict=True):
+                if tokens[i] >= 0:
+                    reported[i] = entry._replace(top=entry.top[:count])
+        return tokens, reported
 
 
 class Sampler:
@@ -39,19 +41,12 @@ class Sampler:
     def __init__(self, kernels: KernelSet):
         self.kernels = kernels
 
-    def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[Logprobs | None]]:
-        """logits [rows, vocab] float32, left unchanged → a token a row, −1 where its logits are not numbers, and
-        log-probabilities where the row asked for them"""
-        adjusted = _adjust(logits, rows)
-        tokens = self._draw(adjusted, rows).tolist()
-        reported: list[Logprobs | None] = [None] * len(rows)
-        wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None and tokens[i] >= 0]
-        if wanted:
-            count = max(rows[i].params.logprobs for i in wanted)
-            of_wanted = token_logprobs(logits[wanted], [tokens[i] for i in wanted], count)
-            for i, entry in zip(wanted, of_wanted, strict=True):
-                reported[i] = entry._replace(top=entry.top[: rows[i].params.logprobs])
-        return tokens, reported
+    def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tensor | None = None) -> Draw:
+        """logits [rows, vocab] float32, left unchanged
+
+        newest [rows] int64, on the device: the last token of each row whose `token_ids` lack it; None where none do
+        """
+        return Draw(self._draw(adjust(logits, rows, newest), rows), logits, rows)
 
     def _draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         params = [row.params for row in rows]
@@ -73,64 +68,5 @@ class Sampler:
             column((p.temperature for p in params), torch.float32),
             **{name: column(values, dtype) if used else None for name, (used, values, dtype) in filters.items()},
             seed=column((row.seed for row in rows), torch.int64),
-            index=column((len(row.token_ids) - row.num_prompt for row in rows), torch.int64),
+            index=column((row.num_tokens - row.num_prompt for row in rows), torch.int64),
         )
-
-
-def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int) -> list[Logprobs]:
-    """The log-probability of one token in each row, and the `count` likeliest.   logits [rows, vocab] float32"""
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
-    values, ids = logprobs.topk(min(count, logits.shape[1]), dim=-1)
-    top = [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
-    return [Logprobs(*entry) for entry in zip(tokens, chosen, top, strict=True)]
-
-
-class _Edits:
-    """(row, token, value) triples, each place at most once, to be applied to logits in one go."""
-
-    def __init__(self):
-        self.rows: list[int] = []
-        self.tokens: list[int] = []
-        self.values: list[float] = []
-
-    def add(self, row: int, tokens: Iterable[int], values: Iterable[float]) -> None:
-        before = len(self.tokens)
-        self.tokens.extend(tokens)
-        self.values.extend(values)
-        self.rows.extend([row] * (len(self.tokens) - before))
-
-    def tensors(self, device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """((rows, tokens), values): an index into logits, and what belongs there."""
-        index = torch.tensor([self.rows, self.tokens], dtype=torch.int64, device=device)
-        return (index[0], index[1]), torch.tensor(self.values, dtype=torch.float32, device=device)
-
-
-def _adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """The logits with penalties, biases and forbidden ends applied, a copy where a row has any."""
-    repeated, subtracted, added, forbidden = _Edits(), _Edits(), _Edits(), _Edits()
-    for i, row in enumerate(rows):
-        p = row.params
-        if p.repetition_penalty != 1:
-            seen = set(row.token_ids)
-            repeated.add(i, seen, [p.repetition_penalty] * len(seen))
-        if p.presence_penalty or p.frequency_penalty:
-            counts = Counter(row.token_ids[row.num_prompt :])
-            subtracted.add(i, counts, [p.presence_penalty + p.frequency_penalty * n for n in counts.values()])
-        if p.logit_bias:
-            added.add(i, p.logit_bias, p.logit_bias.values())
-        if len(row.token_ids) - row.num_prompt < p.min_tokens:
-            forbidden.add(i, row.stop_token_ids, [float("-inf")] * len(row.stop_token_ids))
-    if not any(edits.tokens for edits in (repeated, subtracted, added, forbidden)):
-        return logits
-
-    logits = logits.clone()
-    place, penalty = repeated.tensors(logits.device)
-    logits[place] = torch.where(logits[place] > 0, logits[place] / penalty, logits[place] * penalty)
-    place, amount = subtracted.tensors(logits.device)
-    logits[place] -= amount
-    place, amount = added.tensors(logits.device)
-    logits[place] += amount
-    place, amount = forbidden.tensors(logits.device)
-    logits[place] = amount
-    return logits

@@ -24,10 +24,10 @@ class RecordingSampler(Sampler):
         super().__init__(kernels)
         self.logits: dict[tuple[int, int], torch.Tensor] = {}
 
-    def __call__(self, logits, rows):
+    def __call__(self, logits, rows, newest=None):
         for row, seq in zip(logits, rows, strict=True):
-            self.logits[seq.id, seq.num_generated] = row.cpu().clone()
-        return super().__call__(logits, rows)
+            self.logits[seq.id, seq.num_tokens - seq.num_prompt] = row.cpu().clone()
+        return super().__call__(logits, rows, newest)
 
 
 class Models:

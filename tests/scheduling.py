@@ -39,7 +39,10 @@ class CacheContents:
 
 
 class Simulation:
-    """Serves requests without a model and checks in every step what the scheduler promises."""
+    """Serves requests without a model and checks in every step what the scheduler promises.
+
+    ahead: a step is launched before the tokens of the one before are entered
+    """
 
     def __init__(
         self,
@@ -53,7 +56,10 @@ class Simulation:
         age_bound: float = math.inf,
         prefix_caching: bool = True,
         hash_function: Callable[[tuple], int] = hash,
+        ahead: bool = False,
     ):
+        self.ahead = ahead
+        self.launched: tuple[Batch, list[int]] | None = None
         self.cache = KVCacheManager(num_blocks, block_size, prefix_caching=prefix_caching, hash_function=hash_function)
         self.scheduler = Scheduler(
             self.cache,
@@ -89,15 +95,28 @@ class Simulation:
         batch = self.scheduler.schedule(self.now)
         self._check_victims(before)
         self._check_batch(batch)
+        texts = {seq: self._text(seq) for seq, _, _ in _spans(batch)}
         for seq, start, end in _spans(batch):
-            assert self.contents.hold(seq.block_table, seq.token_ids, start), f"{seq} would read another text"
-            self.contents.write(seq.block_table, seq.token_ids, start, end)
+            assert self.contents.hold(seq.block_table, texts[seq], start), f"{seq} would read another text"
+            self.contents.write(seq.block_table, texts[seq], start, end)
         for seq, _, end in _spans(batch):
-            assert self.contents.hold(seq.block_table, seq.token_ids, end), f"{seq} was overwritten in the same step"
+            assert self.contents.hold(seq.block_table, texts[seq], end), f"{seq} was overwritten in the same step"
+        self.scheduler.advance(batch)
+        step = batch, [-1 if fails() else next_token(texts[seq]) for seq in batch.sampled]
+        if self.ahead:
+            step, self.launched = self.launched, step
         meanwhile()
-        self.scheduler.update(batch, [-1 if fails() else next_token(seq.token_ids) for seq in batch.sampled])
+        if step is not None:
+            self._check_taken(step[0], self.scheduler.update(*step))
         self.check_books()
         return batch
+
+    def _text(self, seq: Sequence) -> list[int]:
+        """The sequence's tokens as the device knows them."""
+        if not seq.num_pending:
+            return list(seq.token_ids)
+        batch, tokens = self.launched
+        return [*seq.token_ids, max(0, tokens[batch.sampled.index(seq)])]
 
     def run(self, max_steps: int, seconds_a_step: float = 0.0) -> int:
         """Serves all there is → steps."""
@@ -126,7 +145,8 @@ class Simulation:
 
     def _check_batch(self, batch: Batch) -> None:
         scheduler, chunks, decodes = self.scheduler, batch.chunks, batch.decodes
-        assert batch or not scheduler.has_work, "there is work and nothing is served"
+        ending = all(seq.num_tokens == seq.max_length for seq in scheduler.running) and scheduler.running
+        assert batch or ending or not scheduler.has_work, "there is work and nothing is served"
         served = [chunk.seq for chunk in chunks] + decodes
         assert len(set(served)) == len(served), "a sequence is served twice"
         assert len(scheduler.running) <= scheduler.max_batch_size
@@ -134,14 +154,21 @@ class Simulation:
         for seq in served:
             assert seq.status is Status.RUNNING and seq in scheduler.running
             assert seq.block_table == self.cache.block_table(seq.id)
-            assert len(seq.block_table) == self.cache.blocks_for(len(seq.token_ids)), "not a block for each token"
+            assert len(seq.block_table) == self.cache.blocks_for(seq.num_tokens), "not a block for each token"
         for chunk in chunks:
             assert chunk.start == chunk.seq.num_computed and 0 < chunk.length <= chunk.seq.num_uncomputed
         assert all(seq.num_uncomputed == 1 for seq in decodes)
-        assert batch.sampled == [chunk.seq for chunk in chunks if chunk.end == len(chunk.seq.token_ids)] + decodes
+        assert all(seq.num_tokens < seq.max_length for seq in served), "a sequence is served beyond its end"
+        assert batch.sampled == [chunk.seq for chunk in chunks if chunk.end == chunk.seq.num_tokens] + decodes
         self._check_owners(batch)
         self._check_alignment(decodes)
         self._check_ageing(served)
+
+    @staticmethod
+    def _check_taken(batch: Batch, taken: list[int]) -> None:
+        """Every token was entered but those of sequences that had ended or been preempted."""
+        left = [seq for i, seq in enumerate(batch.sampled) if i not in taken]
+        assert all(seq.status is not Status.RUNNING or seq.num_preemptions for seq in left)
 
     def _check_owners(self, batch: Batch) -> None:
         """A block that is written is in one table only."""
@@ -153,14 +180,15 @@ class Simulation:
     def _check_alignment(self, decodes: list[Sequence]) -> None:
         window = self.scheduler.policy.window
         if window is not None and decodes:
-            shortest = min(len(seq.token_ids) for seq in decodes)
+            shortest = min(seq.num_tokens for seq in decodes)
             young = [seq for seq in decodes if self.now - seq.arrival_time < self.scheduler.age_bound]
-            assert all(len(seq.token_ids) <= shortest + window for seq in young), "not aligned"
+            assert all(seq.num_tokens <= shortest + window for seq in young), "not aligned"
 
     def _check_ageing(self, served: list[Sequence]) -> None:
         newest = max((seq.id for seq in served), default=-1)
         for seq in self.unfinished:
-            if self.now - seq.arrival_time > self.scheduler.age_bound and seq not in served:
+            done = seq.num_tokens == seq.max_length  # it waits for nothing but its last token
+            if self.now - seq.arrival_time > self.scheduler.age_bound and seq not in served and not done:
                 assert newest < seq.id, f"{seq} is aged, and a later arrival goes before it"
 
     def _check_victims(self, before: dict[Sequence, int]) -> None:
@@ -177,4 +205,4 @@ def next_token(token_ids: list[int]) -> int:
 def _spans(batch: Batch) -> list[tuple[Sequence, int, int]]:
     """Which tokens of which sequence a step computes."""
     spans = [(chunk.seq, chunk.start, chunk.end) for chunk in batch.chunks]
-    return spans + [(seq, seq.num_computed, len(seq.token_ids)) for seq in batch.decodes]
+    return spans + [(seq, seq.num_computed, seq.num_tokens) for seq in batch.decodes]

@@ -55,14 +55,21 @@ def folder(reference, tmp_path_factory):
     return folder
 
 
+OPTIONS = {"num_blocks": 64, "block_size": BLOCK_SIZE, "device": "cpu", "progress": False}
+
+
+@pytest.fixture(scope="module", autouse=True, params=[False, True], ids=["in step", "a step behind"])
+def async_scheduling(request):
+    """Every test here runs with tokens read before the next step is launched, and after."""
+    OPTIONS["async_scheduling"] = request.param
+
+
 def make_engine(folder: Path, **options) -> InferenceEngine:
-    return InferenceEngine(
-        folder, **{"num_blocks": 64, "block_size": BLOCK_SIZE, "device": "cpu", "progress": False} | options
-    )
+    return InferenceEngine(folder, **OPTIONS | options)
 
 
 @pytest.fixture(scope="module")
-def shared_engine(folder):
+def shared_engine(folder, async_scheduling):
     return make_engine(folder)
 
 
@@ -585,7 +592,7 @@ class TestBadInput:
 
 class TestStats:
     def test_fragmentation_and_the_share_of_cached_tokens(self, folder):
-        engine = make_engine(folder)
+        engine = make_engine(folder, async_scheduling=False)  # the figures are those of a moment
         first = engine.add_request(ids(33), max_tokens=20)
         engine.step()
         stats = engine.stats()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from microvllm import KernelSet, SamplingParams
 from microvllm.kernels.sampling import _keep_top, gumbel_noise, sample_reference
-from microvllm.model.sampler import Sampler, token_logprobs
+from microvllm.model.logprobs import TokenLogprobs
+from microvllm.model.penalties import adjust
+from microvllm.model.sampler import Sampler
 from transformers import RepetitionPenaltyLogitsProcessor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,6 +27,11 @@ class Row:
     token_ids: list[int] = field(default_factory=lambda: [1, 2, 3])
     num_prompt: int = 3
     stop_token_ids: frozenset[int] = frozenset()
+    num_pending: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_pending
 
 
 def row(seed: int = 0, prompt=(1, 2, 3), output=(), stop_token_ids=(), **options) -> Row:
@@ -36,7 +43,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def tokens_of(logits: torch.Tensor, rows: list[Row]) -> list[int]:
-    return Sampler(KernelSet.reference())(logits, rows)[0]
+    return Sampler(KernelSet.reference())(logits, rows).result()[0]
 
 
 def adjusted(logits: torch.Tensor, *rows: Row) -> torch.Tensor:
@@ -305,6 +312,28 @@ class TestPenalties:
         assert logits.equal(before)
 
 
+def test_it_makes_no_difference_whether_the_host_or_the_device_knows_the_newest_token():
+    generator = random.Random(0)
+    known, pending, newest = [], [], []
+    for _ in range(200):
+        output = generator.choices(range(8), k=generator.randint(1, 6))
+        options = {
+            "repetition_penalty": generator.choice([1.0, 1.3, 0.7]),
+            "presence_penalty": generator.choice([0.0, 0.3]),
+            "frequency_penalty": generator.choice([0.0, 0.7, -0.2]),
+            "logit_bias": generator.choice([{}, {2: 1.7, 5: -0.3}]),
+            "min_tokens": generator.choice([0, 4]),
+            "stop_token_ids": generator.choice([(), (1, 3)]),
+        }
+        known.append(row(output=output, **options))
+        pending.append(replace(known[-1], token_ids=known[-1].token_ids[:-1], num_pending=1))
+        newest.append(output[-1])
+    logits = normal(200, 8)
+    expected = adjust(logits, known, None)
+    assert not expected.equal(logits)
+    assert adjust(logits, pending, torch.tensor(newest)).equal(expected)
+
+
 class TestLogprobs:
     def test_they_are_the_models_before_penalties_and_temperature(self):
         logits = normal(3, VOCAB_SIZE)
@@ -313,7 +342,7 @@ class TestLogprobs:
             row(repetition_penalty=1.9, logprobs=0),
             row(temperature=1.0),
         ]
-        tokens, reported = Sampler(KernelSet.reference())(logits, rows)
+        tokens, reported = Sampler(KernelSet.reference())(logits, rows).result()
         assert tokens[0] == 30
         for i in (0, 1):
             expected = logits[i].double().log_softmax(0)
@@ -326,7 +355,7 @@ class TestLogprobs:
         assert reported[2] is None
 
     def test_asking_for_more_than_there_are_gives_all(self):
-        ((entry),) = token_logprobs(normal(1, 5), [2], 100)
+        (entry,) = TokenLogprobs(normal(1, 5), torch.tensor([2]), 100).result()
         assert sorted(token for token, _ in entry.top) == list(range(5))
         assert sum(math.exp(value) for _, value in entry.top) == pytest.approx(1, abs=1e-5)
 
@@ -344,9 +373,9 @@ def test_a_row_that_holds_no_numbers_fails_alone(poison, options, temperatures):
     rows = [row(seed=i, temperature=temperatures[i % len(temperatures)], **options) for i in range(6)]
     bad = normal(1, VOCAB_SIZE, seed=1)
     bad[0, 7 if poison.startswith("one") else slice(None)] = float(poison.split()[1].replace("−", "-"))
-    expected, expected_logprobs = Sampler(KernelSet.reference())(healthy, [*rows[:2], *rows[3:]])
+    expected, expected_logprobs = Sampler(KernelSet.reference())(healthy, [*rows[:2], *rows[3:]]).result()
     logits = torch.cat([healthy[:2], bad, healthy[2:]])
-    tokens, logprobs = Sampler(KernelSet.reference())(logits, rows)
+    tokens, logprobs = Sampler(KernelSet.reference())(logits, rows).result()
     assert (tokens[2], logprobs[2]) == (-1, None)
     assert tokens[:2] + tokens[3:] == expected and min(expected) >= 0
     assert logprobs[:2] + logprobs[3:] == expected_logprobs

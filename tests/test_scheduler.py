@@ -333,6 +333,7 @@ def microseconds_a_step(running: int, policy: str = "sjf_aligned", window: int |
     for _ in range(40):
         start = time.perf_counter()
         batch = scheduler.schedule(0.0)
+        scheduler.advance(batch)
         scheduler.update(batch, [7] * len(batch.sampled))
         times.append(time.perf_counter() - start)
     assert len(scheduler.running) == running

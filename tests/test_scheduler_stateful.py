@@ -108,6 +108,7 @@ class SchedulerLife(RuleBasedStateMachine):
         prefix_caching=st.sampled_from([True, True, True, False]),
         hash_function=HASHES,
         seconds_a_step=st.sampled_from([0, 1, 1, 2]),
+        ahead=st.booleans(),
     )
     def build(self, policy, seconds_a_step, **settings):
         self.simulation = Simulation(policy=policy[0], window=policy[1], **settings)

@@ -1,0 +1,113 @@
+"""What a request asks to be done to its logits before a token is drawn: penalties, biases, forbidden ends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from .sampling_row import SamplingRow
+
+
+class _Edits:
+    """(row, token, value) triples, each place at most once, to be applied to logits in one go."""
+
+    def __init__(self):
+        self.rows: list[int] = []
+        self.tokens: list[int] = []
+        self.values: list[float] = []
+
+    def add(self, row: int, tokens: Iterable[int], values: Iterable[float]) -> None:
+        before = len(self.tokens)
+        self.tokens.extend(tokens)
+        self.values.extend(values)
+        self.rows.extend([row] * (len(self.tokens) - before))
+
+    def tensors(self, device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """((rows, tokens), values): an index into logits, and what belongs there."""
+        index = torch.tensor([self.rows, self.tokens], dtype=torch.int64, device=device)
+        return (index[0], index[1]), torch.tensor(self.values, dtype=torch.float32, device=device)
+
+
+def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tensor | None) -> torch.Tensor:
+    """The logits with penalties, biases and forbidden ends applied, a copy where a row has any.
+
+    logits [rows, vocab] float32; newest [rows] int64, on the device, the last token of each row whose `token_ids` lack
+    it, None where none do
+    """
+    repeated, subtracted, added, forbidden = _Edits(), _Edits(), _Edits(), _Edits()
+    for i, row in enumerate(rows):
+        p = row.params
+        if p.repetition_penalty != 1:
+            seen = set(row.token_ids)
+            repeated.add(i, seen, [p.repetition_penalty] * len(seen))
+        if p.presence_penalty or p.frequency_penalty:
+            counts = Counter(row.token_ids[row.num_prompt :])
+            subtracted.add(i, counts, [p.presence_penalty + p.frequency_penalty * n for n in counts.values()])
+        if p.logit_bias:
+            added.add(i, p.logit_bias, p.logit_bias.values())
+        if row.num_tokens - row.num_prompt < p.min_tokens:
+            forbidden.add(i, row.stop_token_ids, [float("-inf")] * len(row.stop_token_ids))
+    behind = [i for i, row in enumerate(rows) if len(row.token_ids) < row.num_tokens and _remembers(row)]
+    if not behind and not any(edits.tokens for edits in (repeated, subtracted, added, forbidden)):
+        return logits
+
+    original, logits = logits, logits.clone()
+    place, penalty = repeated.tensors(logits.device)
+    logits[place] = _repeated(logits[place], penalty)
+    place, amount = subtracted.tensors(logits.device)
+    logits[place] -= amount
+    place, amount = added.tensors(logits.device)
+    logits[place] += amount
+    place, amount = forbidden.tensors(logits.device)
+    logits[place] = amount
+    if behind:
+        assert newest is not None
+        index = torch.tensor(behind, device=logits.device)
+        token = newest[index].clamp(min=0)  # a row without a token has ended
+        logits[index, token] = _of_newest(original[index, token], token, [rows[i] for i in behind])
+    return logits
+
+
+def _remembers(row: SamplingRow) -> bool:
+    p = row.params
+    return bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty)
+
+
+def _repeated(logit: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    return torch.where(logit > 0, logit / penalty, logit * penalty)
+
+
+def _of_newest(logit: torch.Tensor, token: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """The logit of each row's newest token, which only the device knows, after all that `adjust` does to it: step by
+    step the same arithmetic, so that it makes no difference who knows a token.
+
+    logit [rows] float32, token [rows] int64
+    """
+    params = [row.params for row in rows]
+
+    def column(values: list, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=logit.device)
+
+    def padded(lists: list[list], fill: float, dtype: torch.dtype) -> torch.Tensor:
+        longest = max(map(len, lists))
+        return column([entries + [fill] * (longest - len(entries)) for entries in lists], dtype)
+
+    def among(lists: list[list[int]]) -> torch.Tensor:
+        """[rows, longest]: where the token stands in each list"""
+        return padded(lists, -1, torch.int64) == token.unsqueeze(1)
+
+    logit = _repeated(logit, column([p.repetition_penalty for p in params]))
+    times = among([row.token_ids[row.num_prompt :] for row in rows]).sum(1) + 1
+    presence, frequency = (column([getattr(p, f"{name}_penalty") for p in params], torch.float64) for name in _COUNTED)
+    logit = logit - (presence + frequency * times).float()
+    biases = [p.logit_bias for p in params]
+    bias = padded([list(b.values()) for b in biases], 0.0, torch.float32)
+    logit = logit + (among([list(b) for b in biases]) * bias).sum(1)
+    early = column([row.num_tokens - row.num_prompt < row.params.min_tokens for row in rows], torch.bool)
+    ends = among([sorted(row.stop_token_ids) for row in rows]).any(1)
+    return logit.masked_fill(early & ends, -torch.inf)
+
+
+_COUNTED = ("presence", "frequency")
