@@ -1,116 +1,194 @@
-"""The engine beside a peer, in turns, on the same token ids:   python -m bench.engine --peer transformers"""
+"""The engine beside a peer, in turns, on the same token ids:   python -m bench.engine --peer vllm
+
+On a GPU that is the list of bench.workloads in Qwen2-7B's shape. --cases chooses from the list; --requests measures
+other workloads. --policies, --gap and --startup measure in other ways. Tables go to the terminal, figures and pictures
+to bench/results.
+"""
 
 from __future__ import annotations
 
 import argparse
-import random
-import time
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
-from typing import Protocol
+from typing import Any
 
 import torch
-from microvllm import InferenceEngine
 from microvllm.engine.config import DTYPES
-from microvllm.model.checkpoint import LOAD_FORMATS, resolve
+from microvllm.kernels.roof import measure_roof
+from microvllm.model.checkpoint import LOAD_FORMATS
+from microvllm.model.config import ModelConfig
 
-from .record import save, table
+from . import engine_picture, gap, policies, record, startup
+from .engine_tables import brief_rows, decode_rows, point, prefill_rows
+from .engines import OURS, PEERS, Engine, Model, Ours, our_engine, share_beside
+from .floor import step_floor
+from .turns import compare
+from .workloads import WORKLOADS, Workload, named
 
-
-class Engine(Protocol):
-    def seconds(self, prompts: list[list[int]], tokens: int) -> float:
-        """The time to add exactly `tokens` tokens to each prompt, greedily."""
-
-
-class Ours:
-    def __init__(self, model: str, dtype: str, load_format: str):
-        # Every turn must compute its prompts: a cached prefix would be a win of another kind.
-        self.engine = InferenceEngine(
-            model, max_batch_size=256, dtype=dtype, load_format=load_format, enable_prefix_caching=False
-        )
-        self.vocab_size = self.engine.model_config.vocab_size
-        self.dtype = self.engine.runner.model.embedding.dtype
-        self.kernels = str(self.engine.kernels)
-
-    def seconds(self, prompts: list[list[int]], tokens: int) -> float:
-        start = time.perf_counter()
-        self.engine.generate(prompts, max_tokens=tokens, ignore_eos=True)
-        return time.perf_counter() - start
+SHAPES = Path(__file__).parent / "shapes"
+QUICK_TOKENS = 16
+QUICK_REQUESTS = policies.Requests(count=12, prompt=(8, 64), output=(4, 16), running=4)
+QUICK_ARRIVAL = gap.Arrival(streams=4, shortest=8, longest=32, prompt=64, settled=2, tokens=8)
 
 
-class Transformers:
-    def __init__(self, model: str, dtype: torch.dtype):
-        from transformers import AutoModelForCausalLM
-
-        path = resolve(model)
-        place = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-        folder = path.parent if place else path
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **place).to(device).eval()
-
-    def seconds(self, prompts: list[list[int]], tokens: int) -> float:
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        start = time.perf_counter()
-        with torch.inference_mode():
-            self.model.generate(
-                ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
-            )
-        return time.perf_counter() - start
+def load(model: Model, peer: str | None, with_roof: bool) -> tuple[dict[str, Engine], float | None]:
+    """→ the engines by name, ours first; the bytes/s that this GPU reads, None where it is not asked for or no GPU"""
+    gpu = torch.cuda.is_available()
+    # The peer goes first: vLLM measures the memory while it loads, and what changes meanwhile would mislead it.
+    engines = {peer: PEERS[peer](model)} if peer else {}
+    read = None
+    if with_roof and gpu:
+        read = measure_roof(torch.device("cuda", torch.cuda.current_device())).read
+        torch.cuda.empty_cache()
+    share = {"gpu_memory_utilization": share_beside()} if peer and gpu else {}
+    return {OURS: Ours(model, **share), **engines}, read
 
 
-PEERS = {"transformers": Transformers}
+def bench_workloads(model: Model, config: ModelConfig, options: argparse.Namespace) -> None:
+    listed = options.cases is not None
+    decoding = [workload for workload in options.workloads if workload.tokens > 1]
+    prefilling = [workload for workload in options.workloads if workload.tokens == 1]
+    peer = options.peer
+    engines, read = load(model, peer, with_roof=listed and bool(decoding))
+    about = {"max_model_len": model.max_model_len, "kernels": str(engines[OURS].engine.kernels)}
+    about |= {"read bytes/s": read} if read else {}
+    about |= {"kind": "cases"} if listed else {"prompt": options.prompt, "tokens": options.tokens}
+    for what, workloads, rows_of in (
+        ("cases" if listed else "engine", decoding, decode_rows if listed else brief_rows),
+        ("prefill", prefilling, prefill_rows),
+    ):
+        rows, points = [], []
+        for workload in workloads:
+            floor = step_floor(config, DTYPES[model.dtype], workload, read) if read else None
+            comparison = compare(engines, workload, config.vocab_size, options.rounds, floor)
+            rows += rows_of(comparison, peer)
+            points.append(point(comparison))
+            print(f"{record.table(rows[-len(engines) :])}\n", flush=True)
+            # Each time: a run that is cut off keeps what it has.
+            path = save(f"{what}-{model.name}-{peer or 'alone'}", model, rows, options, points=points, **about)
+        if rows:
+            print(f"{record.table(rows)}\n{path}", flush=True)
+        if rows and listed:
+            engine_picture.draw(path)
 
 
-def measure(engine: Engine, prompts: list[list[int]], tokens: int) -> dict[str, float]:
-    """Prefill is the time to the first token of all; a step is what each further token takes."""
-    prefill = engine.seconds(prompts, 1)
-    total = engine.seconds(prompts, tokens)
-    step = (total - prefill) / (tokens - 1)
-    return {"prefill s": prefill, "ms a step": step * 1e3, "tokens/s": len(prompts) * tokens / total}
+def bench_policies(model: Model, config: ModelConfig, requests: policies.Requests, options: argparse.Namespace) -> None:
+    rows = policies.bench(model, config.vocab_size, requests)
+    print(record.table(rows))
+    path = save(f"policies-{model.name}", model, rows, options, kind="policies", requests=asdict(requests))
+    print(path, flush=True)
+    engine_picture.draw(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="a folder, a .gguf file, a known name or a hub name")
-    parser.add_argument("--load-format", default="auto", choices=LOAD_FORMATS, help="dummy: random weights, no peer")
-    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="default: what the engine takes")
-    parser.add_argument("--peer", choices=PEERS, help="measured in the same run, in turns A B A B")
-    parser.add_argument("--requests", type=int, nargs="+", default=[1, 8], help="batch sizes")
-    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens of each request")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens each request generates")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each engine; medians are shown")
-    options = parser.parse_args()
-    if options.peer and options.load_format == "dummy":
-        parser.error("random weights would differ between the engines: --load-format dummy takes no --peer")
+def bench_gap(model: Model, config: ModelConfig, arrival: gap.Arrival, options: argparse.Namespace) -> None:
+    engine = our_engine(model)
+    rows = gap.bench(engine, arrival, config.vocab_size, options.rounds)
+    print(record.table(rows))
+    about = {"arrival": asdict(arrival), "max_prefill_tokens": engine.config.max_prefill_tokens}
+    print(save(f"gap-{model.name}", model, rows, options, kernels=str(engine.kernels), **about))
 
-    ours = Ours(options.model, options.dtype, options.load_format)
-    engines: dict[str, Engine] = {"micro-vllm": ours}
-    if options.peer:
-        engines[options.peer] = PEERS[options.peer](options.model, ours.dtype)
-    rng = random.Random(0)
-    rows = []
-    for requests in options.requests:
-        prompts = [[rng.randrange(ours.vocab_size) for _ in range(options.prompt)] for _ in range(requests)]
-        for engine in engines.values():
-            measure(engine, prompts, min(8, options.tokens))  # warm up
-        turns = {name: [] for name in engines}
-        for _ in range(options.rounds):
-            for name, engine in engines.items():
-                turns[name].append(measure(engine, prompts, options.tokens))
-        for name in engines:
-            row = {"requests": requests, "engine": name}
-            row |= {key: median(turn[key] for turn in turns[name]) for key in turns[name][0]}
-            rates = [turn["tokens/s"] for turn in turns[name]]
-            row["spread"] = f"±{(max(rates) - min(rates)) / 2 / row['tokens/s']:.1%}"
-            if options.peer:
-                row[f"× {options.peer}"] = row["tokens/s"] / median(t["tokens/s"] for t in turns[options.peer])
-            rows.append(row)
-    print(table(rows))
-    model = Path(options.model).name
-    about = {"model": model, "dtype": str(ours.dtype), "prompt": options.prompt, "tokens": options.tokens}
-    print(save(f"engine-{model}-{options.peer or 'alone'}", rows, **about, kernels=ours.kernels))
+
+def bench_startup(model: Model, options: argparse.Namespace) -> None:
+    names = [OURS, options.peer] if options.peer else [OURS]
+    rows = startup.bench(names, model)
+    print(record.table(rows))
+    print(save(f"startup-{model.name}-{options.peer or 'alone'}", model, rows, options))
+
+
+def save(name: str, model: Model, rows: list[dict[str, Any]], options: argparse.Namespace, **about: Any) -> Path:
+    """record.save, with what every record says, and --quick and --name in its name."""
+    name = "-".join(filter(None, [name, "quick" if options.quick else "", options.name]))
+    return record.save(name, rows, model=model.name, dtype=model.dtype, load_format=model.load_format, **about)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="a folder, a .gguf file, a known name or a hub name; default: smollm2, or on a GPU Qwen2-7B's "
+        "shape for all but --requests")  # fmt: skip
+    add("--load-format", choices=LOAD_FORMATS, help="dummy: small random weights; default for bench/shapes")
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help="default: what the engine takes")
+    add("--peer", choices=PEERS, help="measured in the same run, in turns A B A B")
+    add("--cases", nargs="*", metavar="NAME", help=f"default on a GPU with --peer vllm: {' '.join(WORKLOADS)}")
+    add("--requests", type=int, nargs="+", help="batch sizes, instead of --cases; default: 1 8")
+    add("--prompt", type=int, default=32, help="prompt tokens of each of --requests")
+    add("--tokens", type=int, default=64, help="tokens that each of --requests generates")
+    add("--rounds", type=int, default=3, help="turns of each engine; medians are shown")
+    add("--quick", action="store_true", help="few tokens, to see that all runs; the record's name says so")
+    add("--name", default="", metavar="WORD", help="a word at the end of the record's name")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--policies", action="store_true", help="our scheduling policies on requests of mixed lengths")
+    ways.add_argument("--gap", action="store_true", help="our streams' gaps when a long prompt arrives")
+    ways.add_argument("--startup", action="store_true", help="from process start to the first token, compiled or not")
+    ways.add_argument("--draw", action="store_true", help="measure nothing; draw the pictures of bench/results again")
+    add("--running", type=int, help="with --policies: requests that run at once; default: 64")
+    options = parser.parse_args(arguments)
+    if options.cases is not None and options.requests:
+        parser.error("--cases are named workloads and --requests others: give one of the two")
+    if options.peer and (options.policies or options.gap):
+        parser.error("--policies and --gap measure our engine by itself: they take no --peer")
+    if options.peer == "transformers" and options.startup:
+        parser.error("--startup knows no peer but vllm")
+    gpu = torch.cuda.is_available()
+    if options.peer == "vllm" and options.cases is None and not options.requests and gpu:
+        options.cases = []
+    if options.model is None:
+        in_shape = gpu and (options.cases is not None or options.policies or options.gap or options.startup)
+        options.model = str(SHAPES / "qwen2-7b") if in_shape else "smollm2"
+    if options.load_format is None:
+        options.load_format = "dummy" if Path(options.model).resolve().parent == SHAPES.resolve() else "auto"
+    if options.peer == "transformers" and options.load_format == "dummy":
+        parser.error("random weights would differ between the engines: dummy weights take no --peer transformers")
+    if options.peer and importlib.util.find_spec(options.peer) is None:
+        print(f"{options.peer} is not installed: {OURS} runs alone", flush=True)
+        options.peer = None
+    try:
+        options.workloads = workloads(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def workloads(options: argparse.Namespace) -> list[Workload]:
+    """Those that the command line asks for; ValueError for a name that does not exist."""
+    if options.cases is not None:
+        chosen = named(options.cases)
+    else:
+        chosen = [
+            Workload(str(requests), requests, (options.prompt, options.prompt), options.tokens)
+            for requests in options.requests or (1, 8)
+        ]
+    if options.quick:
+        chosen = [replace(workload, tokens=min(QUICK_TOKENS, workload.tokens)) for workload in chosen]
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.draw:
+        for path in sorted(record.RESULTS.glob("*/*.json")):
+            if json.loads(path.read_text()).get("kind") in engine_picture.FIGURES:
+                engine_picture.draw(path)
+        return
+    requests = QUICK_REQUESTS if options.quick else policies.Requests()
+    requests = replace(requests, running=options.running or requests.running)
+    arrival = QUICK_ARRIVAL if options.quick else gap.Arrival()
+    if options.policies:
+        model, config = Model.open(options.model, options.load_format, options.dtype, requests.longest)
+        bench_policies(model, config, requests, options)
+    elif options.gap:
+        model, config = Model.open(options.model, options.load_format, options.dtype, arrival.longest_text)
+        bench_gap(model, config, arrival, options)
+    elif options.startup:
+        model, _ = Model.open(options.model, options.load_format, options.dtype)
+        bench_startup(model, options)
+    else:
+        longest = max(workload.longest for workload in options.workloads)
+        model, config = Model.open(options.model, options.load_format, options.dtype, longest)
+        bench_workloads(model, config, options)
 
 
 if __name__ == "__main__":
