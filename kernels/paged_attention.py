@@ -98,17 +98,20 @@ def _paged_attention_kernel(
     allow_next(DEPENDENT)
     program = tl.program_id(0)
     if CUT:
-        rows = tl.arange(0, BLOCK_BATCH)
-        contexts, counts = _cut(context_ptr, batch, chunks, KV_HEADS, BLOCK_BATCH, TILE, MIN_CHUNK)
-        # The programs of a chunk's KV heads are neighbours, for they read neighbouring memory.
-        row = tl.sum((tl.cumsum(counts, 0) * KV_HEADS <= program).to(tl.int32), 0)
-        within = program - tl.sum(tl.where(rows < row, counts, 0), 0) * KV_HEADS
-        count = tl.sum(tl.where(rows == row, counts, 0), 0)
-        context = tl.sum(tl.where(rows == row, contexts, 0), 0)
+        counts, size = _cut(context_ptr, batch, chunks, KV_HEADS, BLOCK_BATCH, TILE, MIN_CHUNK)
+        # The programs of a chunk's KV heads are neighbours, for they read neighbouring memory. The rows whose programs
+        # all come before this one, and how many these are, in one reduction.
+        ends = tl.cumsum(counts, 0) * KV_HEADS
+        before = ((tl.arange(0, BLOCK_BATCH) + 1).to(tl.int64) << 32) | ends.to(tl.int64)
+        before = tl.max(tl.where(ends <= program, before, 0), 0)
+        row = (before >> 32).to(tl.int32)
+        within = program - (before & 0x7FFFFFFF).to(tl.int32)
+        context = tl.load(context_ptr + row, mask=row < batch, other=0)
+        count = _count(context, size)
         tiles = (context + TILE - 1) // TILE
         chunk = within // KV_HEADS
-        start = chunk * tiles // tl.maximum(count, 1) * TILE
-        end = tl.minimum((chunk + 1) * tiles // tl.maximum(count, 1) * TILE, context)
+        start = chunk * tiles // count * TILE
+        end = tl.minimum((chunk + 1) * tiles // count * TILE, context)
     else:
         row = program // KV_HEADS
         within = program % KV_HEADS
@@ -196,16 +199,22 @@ def _cut(
     TILE: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
 ):
-    """(contexts, into how many chunks each is cut), so that all KV heads have `chunks` chunks together, of one size.
+    """(into how many chunks each context is cut, their size), so that all KV heads have `chunks` chunks together.
 
-    Rounded up for each sequence, so they may be more by one for each sequence and KV head. A padded row counts as one
-    chunk, for somebody must write its zeros; a row past the batch as none.
+    Rounded up for each sequence, so they may be more by one for each sequence and KV head. A row past the batch has
+    none.
     """
     rows = tl.arange(0, BLOCK_BATCH)
     contexts = tl.load(context_ptr + rows, mask=rows < batch, other=0)
     size = (tl.sum(contexts, 0) * KV_HEADS + chunks - 1) // chunks
     size = tl.maximum((size + TILE - 1) // TILE * TILE, MIN_CHUNK)
-    return contexts, tl.where(rows < batch, tl.maximum((contexts + size - 1) // size, 1), 0)
+    return tl.where(rows < batch, _count(contexts, size), 0), size
+
+
+@triton.jit
+def _count(context, size):
+    """Chunks of a context; a padded row has one, for somebody must write its zeros."""
+    return tl.maximum((context + size - 1) // size, 1)
 
 
 @triton.jit
@@ -229,10 +238,9 @@ def _merge_kernel(
     row = tl.program_id(0) // (KV_HEADS * GROUP)
     kv_head = tl.program_id(0) // GROUP % KV_HEADS
     head = tl.program_id(0) % GROUP
-    rows = tl.arange(0, BLOCK_BATCH)
-    _, counts = _cut(context_ptr, batch, chunks, KV_HEADS, BLOCK_BATCH, TILE, MIN_CHUNK)
-    count = tl.sum(tl.where(rows == row, counts, 0), 0)
-    first = tl.sum(tl.where(rows < row, counts, 0), 0) * KV_HEADS + kv_head
+    counts, size = _cut(context_ptr, batch, chunks, KV_HEADS, BLOCK_BATCH, TILE, MIN_CHUNK)
+    count = _count(tl.load(context_ptr + row), size)
+    first = tl.sum(tl.where(tl.arange(0, BLOCK_BATCH) < row, counts, 0), 0) * KV_HEADS + kv_head
     # The lengths were there before the kernel that made the parts began, for it is no dependent launch itself.
     wait_for_previous(DEPENDENT)
     if count > 1:
