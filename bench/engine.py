@@ -21,7 +21,7 @@ from microvllm.kernels.roof import measure_roof
 from microvllm.model.checkpoint import LOAD_FORMATS
 from microvllm.model.config import ModelConfig
 
-from . import engine_picture, gap, policies, record, startup
+from . import engine_picture, gap, picture, policies, record, startup
 from .engine_tables import brief_rows, decode_rows, point, prefill_rows
 from .engines import OURS, PEERS, Engine, Model, Ours, our_engine, share_beside
 from .floor import step_floor
@@ -72,7 +72,7 @@ def bench_workloads(model: Model, config: ModelConfig, options: argparse.Namespa
         if rows:
             print(f"{record.table(rows)}\n{path}", flush=True)
         if rows and listed:
-            engine_picture.draw(path)
+            picture.draw_beside(path, engine_picture.draw)
 
 
 def bench_policies(model: Model, config: ModelConfig, requests: policies.Requests, options: argparse.Namespace) -> None:
@@ -80,7 +80,7 @@ def bench_policies(model: Model, config: ModelConfig, requests: policies.Request
     print(record.table(rows))
     path = save(f"policies-{model.name}", model, rows, options, kind="policies", requests=asdict(requests))
     print(path, flush=True)
-    engine_picture.draw(path)
+    picture.draw_beside(path, engine_picture.draw)
 
 
 def bench_gap(model: Model, config: ModelConfig, arrival: gap.Arrival, options: argparse.Namespace) -> None:
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.draw:
         for path in sorted(record.RESULTS.glob("*/*.json")):
             if json.loads(path.read_text()).get("kind") in engine_picture.FIGURES:
-                engine_picture.draw(path)
+                picture.draw_beside(path, engine_picture.draw)
         return
     requests = QUICK_REQUESTS if options.quick else policies.Requests()
     requests = replace(requests, running=options.running or requests.running)

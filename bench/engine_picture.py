@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -23,18 +22,13 @@ PANELS = {
 """Of policies, by title: the column of the bars, and that of the marks beside them."""
 
 
-def draw(path: Path) -> None:
-    """The picture beside a record, of the kind that it says; only words where matplotlib is not installed."""
-    record = json.loads(path.read_text())
-    try:
-        figure = FIGURES[record["kind"]](record)
-    except ModuleNotFoundError as error:
-        print(f"no picture: {error} (pip install micro-vllm[bench])", flush=True)
-        return
+def draw(record: dict[str, Any], path: Path) -> Path:
+    """Draws a record of the kind that it says and returns the path. ModuleNotFoundError without matplotlib."""
+    figure = FIGURES[record["kind"]](record)
     figure.suptitle(f"{record['model']} in {record['dtype']}\n{record['device']}; {record['date']}, "
                     f"commit {record['commit']}", fontsize=9)  # fmt: skip
-    figure.savefig(path.with_suffix(".png"), dpi=130)
-    print(path.with_suffix(".png"), flush=True)
+    figure.savefig(path, dpi=130)
+    return path
 
 
 def cases_figure(record: dict[str, Any]) -> Any:

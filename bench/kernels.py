@@ -7,13 +7,11 @@ bench/results. A case that fails is shown as failed, and then the exit code is 1
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import traceback
 from dataclasses import asdict
 from math import exp, log
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -127,14 +125,6 @@ def summary(op: str, rows: list[Row]) -> list[dict[str, Any]]:
     return lines
 
 
-def draw(path: Path) -> None:
-    """The picture beside a record; only words where matplotlib is not installed."""
-    try:
-        print(picture.draw(json.loads(path.read_text()), path.with_suffix(".png")), flush=True)
-    except ModuleNotFoundError as error:
-        print(f"no picture: {error} (pip install micro-vllm[bench])", flush=True)
-
-
 def bench(op: Op, kernel: str, dtype: torch.dtype, peers: tuple[Peer, ...]) -> list[Row]:
     """Measures all large cases of an operator, prints and saves them."""
     start = time.perf_counter()
@@ -158,7 +148,7 @@ def bench(op: Op, kernel: str, dtype: torch.dtype, peers: tuple[Peer, ...]) -> l
         points=[point(row) for row in rows],
     )
     print(path, flush=True)
-    draw(path)
+    picture.draw_beside(path, picture.draw)
     return rows
 
 
@@ -172,7 +162,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.draw:
         for path in sorted(record.RESULTS.glob("*/kernels-*.json")):
-            draw(path)
+            picture.draw_beside(path, picture.draw)
         return
     chosen = dict(choice.partition("=")[::2] for choice in options.kernel)
     known = {peer.name for peers in PEERS.values() for peer in peers} | {"none"}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -49,6 +50,14 @@ def arrange(points: Sequence[Point]) -> tuple[str, list[list[Panel]]]:
             loose.append((title, group, True))
     width = -(-len(loose) // -(-len(loose) // COLUMNS)) if loose else 1  # lines as equally long as can be
     return axis, lines + [loose[i : i + width] for i in range(0, len(loose), width)]
+
+
+def draw_beside(path: Path, draw: Callable[[dict[str, Any], Path], Path]) -> None:
+    """The picture beside a record; only words where matplotlib is not installed."""
+    try:
+        print(draw(json.loads(path.read_text()), path.with_suffix(".png")), flush=True)
+    except ModuleNotFoundError as error:
+        print(f"no picture: {error} (pip install micro-vllm[bench])", flush=True)
 
 
 def draw(record: dict[str, Any], path: Path) -> Path:

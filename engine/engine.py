@@ -121,7 +121,6 @@ class InferenceEngine:
         self._eos_token_ids = checkpoint.config.eos_token_ids
         if self.tokenizer is not None:
             self._eos_token_ids |= self.tokenizer.eos_token_ids
-        self._async_scheduling = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)
         self._requests: dict[int, _Request] = {}
@@ -312,7 +311,7 @@ class InferenceEngine:
         if batch:
             step = self.runner.launch(batch, previous)
             self.scheduler.advance(batch)
-        if self._async_scheduling:
+        if self.config.async_scheduling:
             self._launched, step = step, previous
         if step is not None:
             self._take_in(step)

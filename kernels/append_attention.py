@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from .flash_attn_limits import needs_flash_attn, refused_by_flash_attn
 from .op import Case, Cost, Implementation, Op, needs_gpu
-from .paged_attention import paged_attention, paged_attention_reference, paged_cache
+from .paged_attention import paged_attention, paged_attention_reference
+from .paged_cache import random_paged_cache
 from .rotary import fused_qkv
 from .rotary_store_kv import rotary_store_kv, rotary_store_kv_reference
 
@@ -160,8 +161,8 @@ def make_inputs(
     contexts = F.pad(torch.linspace(shortest or context, context, batch, device=device).round().int(), (0, padded))
     rows = {"dtype": dtype, "device": device, "generator": generator}
     q, k, v = fused_qkv(batch + padded, heads, kv_heads, head_dim, **rows)
-    v *= contexts.sqrt().clamp(min=1).view(-1, 1, 1).to(dtype)  # as `paged_cache` does: the new token is seen to count
-    k_cache, v_cache, table = paged_cache(contexts, block_size, kv_heads, head_dim, dtype, generator)
+    v *= contexts.sqrt().clamp(min=1).view(-1, 1, 1).to(dtype)  # as in `random_paged_cache`: the newest counts
+    k_cache, v_cache, table = random_paged_cache(contexts, block_size, kv_heads, head_dim, dtype, generator)
     positions = (contexts.long() - 1).clamp(min=0)
     blocks = table.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1).long()
     slots = torch.where(contexts > 0, blocks * block_size + positions % block_size, -1)

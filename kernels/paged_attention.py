@@ -12,6 +12,7 @@ import triton.language as tl
 from .dependent_launch import allow_next, dependent_launch, has_dependent_launch, wait_for_previous
 from .flash_attn_limits import needs_flash_attn, refused_by_flash_attn
 from .op import Case, Cost, Implementation, Op, needs_gpu
+from .paged_cache import misfit, random_paged_cache
 
 
 def paged_attention_reference(
@@ -299,20 +300,6 @@ def _require(holds: bool, words: str) -> None:
         raise ValueError(f"paged_attention: {words}")
 
 
-def misfit(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:
-    """How queries [tokens, heads, head_dim] and a paged cache do not fit each other, in words; None where they do."""
-    (_, heads, head_dim), (_, _, kv_heads, width) = q.shape, k_cache.shape
-    if k_cache.shape != v_cache.shape:
-        return f"k_cache is {list(k_cache.shape)} and v_cache {list(v_cache.shape)}"
-    if width != head_dim:
-        return f"q's head_dim is {head_dim}, the cache's {width}"
-    if heads % kv_heads:
-        return f"{heads} query heads do not divide among {kv_heads} KV heads"
-    if not q.stride(2) == k_cache.stride(3) == v_cache.stride(3) == 1:
-        return "the elements of a head must be contiguous"
-    return None
-
-
 def paged_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -431,44 +418,6 @@ def _refused(*, q: torch.Tensor, k_cache: torch.Tensor, **rest: Any) -> str | No
     return refused_by_flash_attn(q, k_cache, "kernels=KernelSet.default().replace(paged_attention='triton')")
 
 
-def paged_cache(
-    contexts: torch.Tensor,
-    block_size: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random (k_cache, v_cache, block_table) for texts of these lengths, their blocks scattered.
-
-    What no text holds is NaN, and table entries past a text are no block's. A text's newest value is the larger the
-    longer the text, so that a kernel that forgets it is seen to be wrong at any length.
-    """
-    device = generator.device
-    contexts = contexts.to(device)
-    needed = (contexts + block_size - 1) // block_size
-    widest = int(needed.max()) + 1
-    blocks = int(needed.sum()) + 3
-    used = torch.arange(widest, device=device) < needed.unsqueeze(1)
-    table = torch.full((len(contexts), widest), 2**30, dtype=torch.int32, device=device)
-    table[used] = torch.randperm(blocks, generator=generator, device=device)[: int(needed.sum())].int()
-
-    in_text = torch.arange(widest * block_size, device=device) < contexts.unsqueeze(1)
-    slots = (table.long().unsqueeze(2) * block_size + torch.arange(block_size, device=device)).flatten(1)
-    empty = torch.ones(blocks * block_size, dtype=torch.bool, device=device)
-    empty[slots[in_text]] = False
-    newest = slots.gather(1, (contexts.long() - 1).clamp(min=0).unsqueeze(1)).squeeze(1)[contexts > 0]
-    shape = (blocks * block_size, kv_heads, head_dim)
-    k, v = (torch.randn(shape, generator=generator, device=device, dtype=_drawn(dtype)) for _ in range(2))
-    v[newest] *= contexts[contexts > 0].sqrt().view(-1, 1, 1).to(v.dtype)
-    k[empty] = v[empty] = torch.nan
-    return (*(x.view(blocks, block_size, kv_heads, head_dim).to(dtype) for x in (k, v)), table)
-
-
-def _drawn(dtype: torch.dtype) -> torch.dtype:
-    return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
-
-
 def make_inputs(
     batch: int,
     context: int,
@@ -488,7 +437,7 @@ def make_inputs(
     contexts = torch.linspace(shortest or context, context, batch, device=device).round().int()
     contexts = F.pad(contexts, (0, padded))
     cache_dtype = torch.float8_e4m3fn if float8 else dtype
-    k_cache, v_cache, table = paged_cache(contexts, block_size, kv_heads, head_dim, cache_dtype, generator)
+    k_cache, v_cache, table = random_paged_cache(contexts, block_size, kv_heads, head_dim, cache_dtype, generator)
     q = torch.randn(batch + padded, heads, head_dim, dtype=dtype, device=device, generator=generator)
     scales = (
         [torch.rand(kv_heads, device=device, generator=generator) + 0.5 for _ in range(2)] if float8 else [None] * 2

@@ -15,7 +15,8 @@ import triton.language as tl
 
 from .flash_attn_limits import needs_flash_attn, refused_by_flash_attn
 from .op import Case, Cost, Implementation, Op, needs_gpu
-from .paged_attention import LOG2_E, misfit, paged_cache
+from .paged_attention import LOG2_E
+from .paged_cache import misfit, random_paged_cache
 from .rotary import fused_qkv
 
 REFERENCE_SCORES = 1 << 27
@@ -330,7 +331,7 @@ def make_inputs(
     lengths, contexts = torch.tensor(chunks, dtype=torch.int32, device=device).view(-1, 2).unbind(1)
     tokens = sum(length for length, _ in chunks)
     q, _, _ = fused_qkv(tokens, heads, kv_heads, head_dim, dtype=dtype, device=device, generator=generator)
-    k_cache, v_cache, table = paged_cache(contexts, block_size, kv_heads, head_dim, dtype, generator)
+    k_cache, v_cache, table = random_paged_cache(contexts, block_size, kv_heads, head_dim, dtype, generator)
     return {
         "q": q,
         "k_cache": k_cache,

@@ -100,7 +100,8 @@ def _of_newest(logit: torch.Tensor, token: torch.Tensor, rows: Sequence[Sampling
 
     logit = _repeated(logit, column([p.repetition_penalty for p in params]))
     times = among([row.token_ids[row.num_prompt :] for row in rows]).sum(1) + 1
-    presence, frequency = (column([getattr(p, f"{name}_penalty") for p in params], torch.float64) for name in _COUNTED)
+    presence = column([p.presence_penalty for p in params], torch.float64)
+    frequency = column([p.frequency_penalty for p in params], torch.float64)
     logit = logit - (presence + frequency * times).float()
     biases = [p.logit_bias for p in params]
     bias = padded([list(b.values()) for b in biases], 0.0, torch.float32)
@@ -108,6 +109,3 @@ def _of_newest(logit: torch.Tensor, token: torch.Tensor, rows: Sequence[Sampling
     early = column([row.num_tokens - row.num_prompt < row.params.min_tokens for row in rows], torch.bool)
     ends = among([sorted(row.stop_token_ids) for row in rows]).any(1)
     return logit.masked_fill(early & ends, -torch.inf)
-
-
-_COUNTED = ("presence", "frequency")

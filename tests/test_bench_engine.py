@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from microvllm.bench import engine as bench
-from microvllm.bench import engine_picture, engines, gap, policies, record, startup
+from microvllm.bench import engine_picture, engines, gap, picture, policies, record, startup
 from microvllm.bench.engine_tables import brief_rows, decode_rows, point, prefill_rows
 from microvllm.bench.engines import OURS, VLLM, Model, our_engine
 from microvllm.bench.floor import step_floor
@@ -392,7 +392,7 @@ class TestPicture:
 
     def test_cases(self, cases):
         pytest.importorskip("matplotlib")
-        engine_picture.draw(cases)
+        picture.draw_beside(cases, engine_picture.draw)
         assert cases.with_suffix(".png").stat().st_size > 10_000
         panels = engine_picture.cases_figure(json.loads(cases.read_text())).axes
         assert [axes.get_xlabel() for axes in panels] == ["ms a step", "tokens/s, × vllm's"]
@@ -417,12 +417,12 @@ class TestPicture:
             for i, (name, window) in enumerate(policies.POLICIES)
         ]
         path = self.save(tmp_path, kind="policies", rows=rows)
-        engine_picture.draw(path)
+        picture.draw_beside(path, engine_picture.draw)
         assert path.with_suffix(".png").stat().st_size > 10_000
 
     def test_without_matplotlib_there_are_words(self, cases, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        engine_picture.draw(cases)
+        picture.draw_beside(cases, engine_picture.draw)
         assert capsys.readouterr().out.startswith("no picture: ")
         assert not cases.with_suffix(".png").exists()
 
@@ -430,9 +430,9 @@ class TestPicture:
         drawn = []
         (cases.parent / "other.json").write_text('{"rows": []}')
         monkeypatch.setattr(record, "RESULTS", cases.parent.parent)
-        monkeypatch.setattr(engine_picture, "draw", drawn.append)
+        monkeypatch.setattr(engine_picture, "draw", lambda read, path: drawn.append(path))
         bench.main(["--draw"])
-        assert drawn == [cases]
+        assert drawn == [cases.with_suffix(".png")]
 
 
 def test_the_share_beside_a_peer_counts_what_the_peer_has(monkeypatch):
