@@ -17,7 +17,7 @@ from microvllm.model.config import ModelConfig
 
 OURS = "micro-vllm"
 MAX_BATCH_SIZE = 256
-SHARE = 0.4
+SHARE = 0.46
 """Of the GPU's memory for each of two engines on it."""
 
 

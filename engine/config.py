@@ -27,7 +27,8 @@ class EngineConfig:
     enable_prefix_caching:   whether equal beginnings of prompts are computed once
     policy, alignment_window:  see `make_policy`
     age_bound:               seconds after which nothing that arrived later goes before a request
-    async_scheduling:        whether a step is launched before the tokens of the last one are read
+    async_scheduling:        whether a step is launched before the tokens of the last one are read; None: on a GPU
+    enforce_eager:           whether decodes are launched kernel by kernel on a GPU too, instead of as CUDA graphs
     load_format:             "auto" reads the weights, "dummy" draws small random ones for the shape in config.json
     seed:                    of the requests that bring none
     progress:                whether to show progress bars and the start-up line, on standard error
@@ -45,7 +46,8 @@ class EngineConfig:
     policy: str = "sjf_aligned"
     alignment_window: int | None = None
     age_bound: float = 30.0
-    async_scheduling: bool = False
+    async_scheduling: bool | None = None
+    enforce_eager: bool = False
     load_format: str = "auto"
     seed: int = 0
     progress: bool = True

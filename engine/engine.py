@@ -18,12 +18,14 @@ from tqdm import tqdm
 from ..kernels.kernel_set import KernelSet
 from ..model.checkpoint import open_checkpoint
 from ..model.loader import load_model, num_parameters
+from ..model.qwen2 import LayerCache, Qwen2
 from ..model.sampler import Sampler
 from ..model.sampling_params import SamplingParams
 from .cache_manager import KVCacheManager
 from .config import EngineConfig
 from .detokenizer import Detokenizer
 from .kv_cache import allocate_cache, num_blocks_that_fit
+from .model_graph import ModelGraphRunner
 from .model_runner import ModelRunner, Step
 from .outputs import Generations, RequestOutput, StepOutput, Timings, Usage
 from .scheduler import Scheduler
@@ -109,7 +111,7 @@ class InferenceEngine:
         sampler = Sampler(self.kernels)
         num_blocks = config.num_blocks or num_blocks_that_fit(model, sampler, config, dtype)
         cache = allocate_cache(model.config, model.config.num_layers, num_blocks, config.block_size, dtype, device)
-        self.runner = ModelRunner(model, sampler, cache)
+        self.runner = self._make_runner(model, sampler, cache)
         self.cache_manager = KVCacheManager(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.cache_manager,
@@ -124,6 +126,7 @@ class InferenceEngine:
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)
         self._requests: dict[int, _Request] = {}
+        self._async = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
         self._launched: Step | None = None  # while the host is a step behind
         self._outbox: deque[StepOutput] = deque()
         if config.progress:
@@ -136,6 +139,12 @@ class InferenceEngine:
                 sep="\n",
                 file=sys.stderr,
             )
+
+    def _make_runner(self, model: Qwen2, sampler: Sampler, cache: list[LayerCache]) -> ModelRunner:
+        batch_size = self.config.max_batch_size
+        if self.device.type == "cpu" or self.config.enforce_eager:
+            return ModelRunner(model, sampler, cache, batch_size)
+        return ModelGraphRunner(model, sampler, cache, batch_size, progress=self.config.progress)
 
     # --- whole answers ---
 
@@ -311,7 +320,7 @@ class InferenceEngine:
         if batch:
             step = self.runner.launch(batch, previous)
             self.scheduler.advance(batch)
-        if self.config.async_scheduling:
+        if self._async:
             self._launched, step = step, previous
         if step is not None:
             self._take_in(step)

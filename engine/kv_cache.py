@@ -18,6 +18,9 @@ from .sequence import Sequence
 CPU_MEMORY_SHARE = 0.5
 """Of the free memory, for the cache on a CPU, which other programs share; untouched pages of it cost nothing."""
 
+LOADED_LATER = 512 << 20
+"""Bytes of a GPU for what is not there yet when the cache is sized: compiled kernels, workspaces, graphs."""
+
 
 def allocate_cache(
     config: ModelConfig, num_layers: int, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -44,7 +47,7 @@ def num_blocks_that_fit(model: Qwen2, sampler: Sampler, config: EngineConfig, dt
     else:
         activations = _activations_of_largest_step(model, sampler, config, dtype)
         free, total = torch.cuda.mem_get_info(device)
-        room = int(total * config.gpu_memory_utilization) - (total - free) - activations
+        room = int(total * config.gpu_memory_utilization) - (total - free) - activations - LOADED_LATER
     if room < block_bytes:
         raise ValueError(
             f"no room for the KV cache: a block of {config.block_size} tokens takes {block_bytes / 2**20:.1f} MiB, and "
@@ -55,20 +58,25 @@ def num_blocks_that_fit(model: Qwen2, sampler: Sampler, config: EngineConfig, dt
 
 
 def _activations_of_largest_step(model: Qwen2, sampler: Sampler, config: EngineConfig, dtype: torch.dtype) -> int:
-    """Peak bytes of the allocator in a prefill of max_prefill_tokens and in a decode of max_batch_size such texts."""
+    """Peak bytes of the allocator in a prefill of max_prefill_tokens and in a decode of max_batch_size such texts.
+
+    Graphs keep what their decodes need in a pool of their own, beside what a prefill needs.
+    """
     device = model.embedding.device
     tokens = min(config.max_prefill_tokens, model.max_length)
     blocks = -(-tokens // config.block_size)
     layer = allocate_cache(model.config, 1, blocks, config.block_size, dtype, device)
-    runner = ModelRunner(model, sampler, layer * model.config.num_layers)
+    runner = ModelRunner(model, sampler, layer * model.config.num_layers, config.max_batch_size)
     seq = Sequence(0, [0] * tokens, SamplingParams(temperature=1.0, top_p=0.9), max_length=model.max_length)
     seq.block_table = list(range(blocks))
-    torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_reserved(device)
-    runner.launch(Batch([Chunk(seq, 0, tokens)], [], [seq])).result()
     everyone = [seq] * config.max_batch_size
-    runner.launch(Batch([], everyone, everyone)).result()
-    peak = torch.cuda.max_memory_reserved(device) - before
+    peaks = []
+    for batch in (Batch([Chunk(seq, 0, tokens)], [], [seq]), Batch([], everyone, everyone)):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        runner.launch(batch).result()
+        peaks.append(torch.cuda.max_memory_reserved(device) - before)
     del layer, runner
     torch.cuda.empty_cache()
-    return peak
+    return max(peaks) if config.enforce_eager else sum(peaks)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 
 from ..model.attention_metadata import AttentionMetadata
 from ..model.logprobs import Logprobs, TokenLogprobs
+from ..model.penalties import adjusts
 from ..model.qwen2 import LayerCache, Qwen2
 from ..model.sampler import Draw, Sampler
+from ..model.sampling_columns import SamplingColumns
+from ..model.transfer import to_device
+from .decode_rows import DecodeRows
 from .scheduler import Batch, Chunk
 from .sequence import Sequence
 
@@ -31,15 +35,21 @@ class StepResult:
 
 
 class Step:
-    """A batch that the device is computing."""
+    """A batch that the device is computing.
 
-    def __init__(self, batch: Batch, draw: Draw | None, prompt_logprobs: dict[int, list[TokenLogprobs]]):
+    draws: of the sequences whose prefill ends here, and of those that decode; in the order of `batch.sampled`
+    """
+
+    def __init__(self, batch: Batch, draws: list[Draw], prompt_logprobs: dict[int, list[TokenLogprobs]]):
         self.batch = batch
-        self._draw, self._prompt_logprobs = draw, prompt_logprobs
+        self._draws, self._prompt_logprobs = draws, prompt_logprobs
 
     def result(self) -> StepResult:
         """Waits for the device."""
-        tokens, logprobs = self._draw.result() if self._draw is not None else ([], [])
+        drawn = [draw.result() for draw in self._draws]
+        tokens, logprobs = (
+            (list(chain.from_iterable(parts)) for parts in zip(*drawn, strict=True)) if drawn else ([], [])
+        )
         of_prompts = {
             seq_id: [entry for piece in pieces for entry in piece.result()]
             for seq_id, pieces in self._prompt_logprobs.items()
@@ -48,21 +58,25 @@ class Step:
 
     def tokens_of(self, seqs: Row[Sequence]) -> torch.Tensor:
         """[len(seqs)] int64, on the device: what each drew in this step, −1 for those that drew nothing."""
+        tokens = torch.cat([draw.tokens for draw in self._draws])
         place = {seq.id: i for i, seq in enumerate(self.batch.sampled)}
-        rows = torch.tensor([place.get(seq.id, -1) for seq in seqs], device=self._draw.tokens.device)
-        return torch.where(rows < 0, -1, self._draw.tokens[rows])
+        rows = to_device([place.get(seq.id, -1) for seq in seqs], torch.int64, tokens.device)
+        return torch.where(rows < 0, -1, tokens[rows])
 
 
 class ModelRunner:
     """Runs a model over a paged cache, on the model's device.
 
-    cache: of each layer, see `allocate_cache`
+    cache:           of each layer, see `allocate_cache`
+    max_batch_size:  sequences of a decode
     """
 
-    def __init__(self, model: Qwen2, sampler: Sampler, cache: list[LayerCache]):
+    def __init__(self, model: Qwen2, sampler: Sampler, cache: list[LayerCache], max_batch_size: int):
         self.model, self.sampler, self.cache = model, sampler, cache
         self.device = model.embedding.device
         self.block_size = cache[0][0].shape[1]
+        max_blocks = -(-model.max_length // self.block_size)
+        self.rows = DecodeRows(max_batch_size, max_blocks, self.block_size, model.config.vocab_size, self.device)
 
     @torch.inference_mode()
     def launch(self, batch: Batch, previous: Step | None = None) -> Step:
@@ -70,57 +84,76 @@ class ModelRunner:
 
         previous: the step before, where its tokens may not be known to the host yet
         """
-        hidden, prompt_logprobs = [], {}
-        if batch.chunks:
-            seqs, spans = [c.seq for c in batch.chunks], [(c.start, c.end) for c in batch.chunks]
-            ids = chain.from_iterable(seq.token_ids[start:end] for seq, (start, end) in zip(seqs, spans, strict=True))
-            x = self._forward(torch.tensor(list(ids), device=self.device), seqs, spans, decode=False)
-            ends = torch.tensor([c.length for c in batch.chunks]).cumsum(0)
-            last = [i for i, c in enumerate(batch.chunks) if c.end == c.seq.num_tokens]
-            hidden.append(x[(ends[last] - 1).to(self.device)])
-            for chunk, end in zip(batch.chunks, ends.tolist(), strict=True):
-                if chunk.seq.params.prompt_logprobs is not None:
-                    prompt_logprobs[chunk.seq.id] = self._prompt_logprobs(chunk, x[end - chunk.length : end])
+        draws, prompt_logprobs = [], {}
         newest = None
+        if any(len(seq.token_ids) < seq.num_tokens for seq in batch.sampled):
+            newest = previous.tokens_of(batch.sampled)
+        num_prefilled = len(batch.sampled) - len(batch.decodes)
+        if batch.chunks:
+            hidden, ends = self._prefill(batch.chunks)
+            if num_prefilled:
+                last = [end - 1 for c, end in zip(batch.chunks, ends, strict=True) if c.end == c.seq.num_tokens]
+                logits = self.model.logits(hidden[to_device(last, torch.int64, self.device)])
+                rows = batch.sampled[:num_prefilled]
+                draws.append(self.sampler(logits, rows, None if newest is None else newest[:num_prefilled]))
+            for chunk, end in zip(batch.chunks, ends, strict=True):
+                if chunk.seq.params.prompt_logprobs is not None:
+                    prompt_logprobs[chunk.seq.id] = self._prompt_logprobs(chunk, hidden[end - chunk.length : end])
         if batch.decodes:
-            known = [seq.num_pending == 0 for seq in batch.decodes]
-            ids = torch.tensor([s.token_ids[-1] for s in batch.decodes], device=self.device)
-            if not all(known):
-                newest = previous.tokens_of(batch.sampled)
-                # A row without a token has ended, and whatever it computes now is not used.
-                pending = newest[len(batch.sampled) - len(batch.decodes) :].clamp(min=0)
-                ids = torch.where(torch.tensor(known, device=self.device), ids, pending)
-            spans = [(seq.num_tokens - 1, seq.num_tokens) for seq in batch.decodes]
-            hidden.append(self._forward(ids, batch.decodes, spans, decode=True))
-        draw = None
-        if batch.sampled:
-            draw = self.sampler(self.model.logits(torch.cat(hidden)), batch.sampled, newest)
-        return Step(batch, draw, prompt_logprobs)
+            draws.append(self._decode(batch.decodes, None if newest is None else newest[num_prefilled:]))
+        return Step(batch, draws, prompt_logprobs)
 
-    def _forward(
-        self, token_ids: torch.Tensor, seqs: Row[Sequence], spans: Row[tuple[int, int]], *, decode: bool
-    ) -> torch.Tensor:
-        """The hidden states of each sequence's tokens start … end − 1, one sequence behind the other."""
-        starts, ends = torch.tensor(spans).unbind(1)
-        lengths = ends - starts
-        query_start = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        row = torch.repeat_interleave(torch.arange(len(seqs)), lengths)
-        positions = torch.arange(len(token_ids)) - (query_start[:-1] - starts)[row]
+    def _decode(self, seqs: list[Sequence], newest: torch.Tensor | None) -> Draw:
+        """newest [len(seqs)] int64: the last token of each whose `token_ids` lack it"""
+        rows, count = self.rows, len(seqs)
+        rows.hold(seqs, self._size(count), newest)
+        logits, drawn = self._compute_rows(seqs)
+        draw = self.sampler.settle(logits[:count], drawn[:count].clone(), seqs, newest)
+        if any(map(adjusts, seqs)):
+            rows.tokens[:count] = draw.tokens.clamp(min=0)
+        return draw
 
-        width = max(len(s.block_table) for s in seqs)
-        block_table = torch.tensor([s.block_table + [-1] * (width - len(s.block_table)) for s in seqs])
-        slots = block_table[row, positions // self.block_size] * self.block_size + positions % self.block_size
+    def _size(self, count: int) -> int:
+        """How many rows a decode of so many sequences computes."""
+        return count
 
+    def _compute_rows(self, seqs: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A decode step of the rows held → (logits, tokens drawn); their first len(seqs) rows are the sequences'."""
+        return self._decode_step(len(seqs), self.rows.columns(len(seqs)).used_by(seqs))
+
+    def _decode_step(self, size: int, columns: SamplingColumns) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the rows' tokens to those they draw, which are the rows' tokens then; nothing in it is the host's."""
+        rows = self.rows
+        logits = self.model.logits(self.model(rows.tokens[:size], self.cache, rows.where(size)))
+        drawn = self.sampler.draw(logits, columns)
+        rows.advance(self.model.kernels, drawn)
+        return logits, drawn
+
+    def _prefill(self, chunks: Row[Chunk]) -> tuple[torch.Tensor, list[int]]:
+        """(the hidden states of the chunks' tokens, one chunk behind the other; where each ends among them)"""
+        lengths = [chunk.length for chunk in chunks]
+        ends = list(accumulate(lengths))
+        ids = chain.from_iterable(chunk.seq.token_ids[chunk.start : chunk.end] for chunk in chunks)
+        positions = list(chain.from_iterable(range(chunk.start, chunk.end) for chunk in chunks))
+        size = self.block_size
+        slots = [
+            chunk.seq.block_table[i // size] * size + i % size
+            for chunk in chunks
+            for i in range(chunk.start, chunk.end)
+        ]
+        width = max(len(chunk.seq.block_table) for chunk in chunks)
+        table = [c.seq.block_table + [-1] * (width - len(c.seq.block_table)) for c in chunks]
+        token_ids, positions, slots = to_device([list(ids), positions, slots], torch.int64, self.device)
         where = AttentionMetadata(
-            positions=positions.to(self.device),
-            slot_mapping=slots.to(self.device),
-            block_table=block_table.to(self.device, torch.int32),
-            context_lens=ends.to(self.device, torch.int32),
-            query_start=None if decode else query_start.to(self.device, torch.int32),
-            max_query_len=int(lengths.max()),
-            max_context_len=int(ends.max()),
+            positions=positions,
+            slot_mapping=slots,
+            block_table=to_device(table, torch.int32, self.device),
+            context_lens=to_device([chunk.end for chunk in chunks], torch.int32, self.device),
+            query_start=to_device([0, *ends], torch.int32, self.device),
+            max_query_len=max(lengths),
+            max_context_len=max(chunk.end for chunk in chunks),
         )
-        return self.model(token_ids, self.cache, where)
+        return self.model(token_ids, self.cache, where), ends
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> list[TokenLogprobs]:
         """The log-probabilities of the prompt's tokens that the chunk's tokens predict, in pieces.
@@ -131,6 +164,6 @@ class ModelRunner:
         for start in range(chunk.start + 1, min(chunk.end + 1, seq.num_prompt), PROMPT_LOGPROB_ROWS):
             end = min(start + PROMPT_LOGPROB_ROWS, chunk.end + 1, seq.num_prompt)
             logits = self.model.logits(hidden[start - 1 - chunk.start : end - 1 - chunk.start])
-            tokens = torch.tensor(seq.token_ids[start:end], device=self.device)
+            tokens = to_device(seq.token_ids[start:end], torch.int64, self.device)
             pieces.append(TokenLogprobs(logits, tokens, seq.params.prompt_logprobs))
         return pieces

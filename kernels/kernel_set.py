@@ -8,6 +8,7 @@ from types import MappingProxyType
 import torch
 
 from . import (
+    advance_decode,
     append_attention,
     linear,
     paged_attention,
@@ -35,6 +36,7 @@ OPS: Mapping[str, Op] = _by_name(
         prefill_attention.OP,
         swiglu.OP,
         sampling.OP,
+        advance_decode.OP,
     )
 )
 """The operators that an engine runs."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .host_copy import HostCopy
+from .transfer import HostCopy
 
 
 class Logprobs(NamedTuple):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from .sampling_row import SamplingRow
+from .transfer import to_device
 
 
 class _Edits:
@@ -26,12 +27,18 @@ class _Edits:
 
     def tensors(self, device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """((rows, tokens), values): an index into logits, and what belongs there."""
-        index = torch.tensor([self.rows, self.tokens], dtype=torch.int64, device=device)
-        return (index[0], index[1]), torch.tensor(self.values, dtype=torch.float32, device=device)
+        index = to_device([self.rows, self.tokens], torch.int64, device)
+        return (index[0], index[1]), to_device(self.values, torch.float32, device)
+
+
+def adjusts(row: SamplingRow) -> bool:
+    """Whether a row's next token is drawn from other logits than the model's."""
+    p = row.params
+    return _remembers(row) or bool(p.logit_bias) or (_may_not_end(row) and bool(row.stop_token_ids))
 
 
 def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tensor | None) -> torch.Tensor:
-    """The logits with penalties, biases and forbidden ends applied, a copy where a row has any.
+    """The logits with penalties, biases and forbidden ends applied, a copy.
 
     logits [rows, vocab] float32; newest [rows] int64, on the device, the last token of each row whose `token_ids` lack
     it, None where none do
@@ -47,11 +54,8 @@ def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tens
             subtracted.add(i, counts, [p.presence_penalty + p.frequency_penalty * n for n in counts.values()])
         if p.logit_bias:
             added.add(i, p.logit_bias, p.logit_bias.values())
-        if row.num_tokens - row.num_prompt < p.min_tokens:
+        if _may_not_end(row):
             forbidden.add(i, row.stop_token_ids, [float("-inf")] * len(row.stop_token_ids))
-    behind = [i for i, row in enumerate(rows) if len(row.token_ids) < row.num_tokens and _remembers(row)]
-    if not behind and not any(edits.tokens for edits in (repeated, subtracted, added, forbidden)):
-        return logits
 
     original, logits = logits, logits.clone()
     place, penalty = repeated.tensors(logits.device)
@@ -62,12 +66,17 @@ def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tens
     logits[place] += amount
     place, amount = forbidden.tensors(logits.device)
     logits[place] = amount
+    behind = [i for i, row in enumerate(rows) if len(row.token_ids) < row.num_tokens and _remembers(row)]
     if behind:
         assert newest is not None
-        index = torch.tensor(behind, device=logits.device)
+        index = to_device(behind, torch.int64, logits.device)
         token = newest[index].clamp(min=0)  # a row without a token has ended
         logits[index, token] = _of_newest(original[index, token], token, [rows[i] for i in behind])
     return logits
+
+
+def _may_not_end(row: SamplingRow) -> bool:
+    return row.num_tokens - row.num_prompt < row.params.min_tokens
 
 
 def _remembers(row: SamplingRow) -> bool:
@@ -88,7 +97,7 @@ def _of_newest(logit: torch.Tensor, token: torch.Tensor, rows: Sequence[Sampling
     params = [row.params for row in rows]
 
     def column(values: list, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=logit.device)
+        return to_device(values, dtype, logit.device)
 
     def padded(lists: list[list], fill: float, dtype: torch.dtype) -> torch.Tensor:
         longest = max(map(len, lists))
@@ -106,6 +115,6 @@ def _of_newest(logit: torch.Tensor, token: torch.Tensor, rows: Sequence[Sampling
     biases = [p.logit_bias for p in params]
     bias = padded([list(b.values()) for b in biases], 0.0, torch.float32)
     logit = logit + (among([list(b) for b in biases]) * bias).sum(1)
-    early = column([row.num_tokens - row.num_prompt < row.params.min_tokens for row in rows], torch.bool)
+    early = column([_may_not_end(row) for row in rows], torch.bool)
     ends = among([sorted(row.stop_token_ids) for row in rows]).any(1)
     return logit.masked_fill(early & ends, -torch.inf)

@@ -1,16 +1,17 @@
-"""From logits to tokens: what a request asks for, the draw, and log-probabilities."""
+"""From logits to tokens: the draw, what some requests ask for beside it, and log-probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ..kernels.kernel_set import KernelSet
-from .host_copy import HostCopy
 from .logprobs import Logprobs, TokenLogprobs
-from .penalties import adjust
+from .penalties import adjust, adjusts
+from .sampling_columns import SamplingColumns
 from .sampling_row import SamplingRow
+from .transfer import HostCopy, to_device
 
 
 class Draw:
@@ -21,7 +22,7 @@ class Draw:
         self._copy = HostCopy(tokens)
         self._counts = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
         if self._counts:
-            wanted = list(self._counts)
+            wanted = to_device(list(self._counts), torch.int64, tokens.device)
             self._logprobs = TokenLogprobs(logits[wanted], tokens[wanted], max(self._counts.values()))
 
     def result(self) -> tuple[list[int], list[Logprobs | None]]:
@@ -46,27 +47,32 @@ class Sampler:
 
         newest [rows] int64, on the device: the last token of each row whose `token_ids` lack it; None where none do
         """
-        return Draw(self._draw(adjust(logits, rows, newest), rows), logits, rows)
+        columns = SamplingColumns.of(rows, logits.shape[1], logits.device)
+        return self.settle(logits, self.draw(logits, columns), rows, newest)
 
-    def _draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-        params = [row.params for row in rows]
-        if all(p.temperature == 0 for p in params):
+    def draw(self, logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
+        """Tokens [rows] int64 from the logits as they are; −1 where they are not numbers. A CUDA graph can hold it."""
+        if columns.greedy:
             largest, tokens = logits.max(dim=-1)
             return torch.where(largest.isfinite(), tokens, -1)
-        device, vocab_size = logits.device, logits.shape[1]
+        c = columns
+        return self.kernels.sample(logits, c.temperature, c.top_k, c.top_p, c.min_p, c.seed, c.index)
 
-        def column(values: Iterable, dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(list(values), dtype=dtype, device=device)
+    def settle(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        rows: Sequence[SamplingRow],
+        newest: torch.Tensor | None = None,
+    ) -> Draw:
+        """Draws again, in place, where a row asks for other logits than the model's, and reports what rows ask for.
 
-        filters = {
-            "top_k": (any(p.top_k for p in params), (p.top_k or vocab_size for p in params), torch.int64),
-            "top_p": (any(p.top_p < 1 for p in params), (p.top_p for p in params), torch.float32),
-            "min_p": (any(p.min_p for p in params), (p.min_p for p in params), torch.float32),
-        }
-        return self.kernels.sample(
-            logits,
-            column((p.temperature for p in params), torch.float32),
-            **{name: column(values, dtype) if used else None for name, (used, values, dtype) in filters.items()},
-            seed=column((row.seed for row in rows), torch.int64),
-            index=column((row.num_tokens - row.num_prompt for row in rows), torch.int64),
-        )
+        tokens [rows] int64, from `draw`; the others as in `__call__`
+        """
+        again = [i for i, row in enumerate(rows) if adjusts(row)]
+        if again:
+            index = to_device(again, torch.int64, logits.device)
+            chosen = [rows[i] for i in again]
+            adjusted = adjust(logits[index], chosen, None if newest is None else newest[index])
+            tokens[index] = self.draw(adjusted, SamplingColumns.of(chosen, logits.shape[1], logits.device))
+        return Draw(tokens, logits, rows)

@@ -6,7 +6,9 @@ import random
 from pathlib import Path
 
 import torch
-from microvllm import InferenceEngine, KernelSet
+from microvllm import InferenceEngine, KernelSet, SamplingParams
+from microvllm.engine.scheduler import Batch, Chunk
+from microvllm.engine.sequence import Sequence
 from microvllm.model.sampler import Sampler
 
 from .small_models import VOCAB_SIZE, Shape, make_model, transformers_logits
@@ -24,10 +26,10 @@ class RecordingSampler(Sampler):
         super().__init__(kernels)
         self.logits: dict[tuple[int, int], torch.Tensor] = {}
 
-    def __call__(self, logits, rows, newest=None):
+    def settle(self, logits, tokens, rows, newest=None):
         for row, seq in zip(logits, rows, strict=True):
             self.logits[seq.id, seq.num_tokens - seq.num_prompt] = row.cpu().clone()
-        return super().__call__(logits, rows, newest)
+        return super().settle(logits, tokens, rows, newest)
 
 
 class Models:
@@ -81,6 +83,24 @@ def generate(engine: InferenceEngine, prompts: list[list[int]], before_step=lamb
         outputs |= {event.request_id: event.output for event in engine.step() if event.output}
         step += 1
     return [outputs[i] for i in ids]
+
+
+def forced_tokens(engine: InferenceEngine, prompts, texts) -> list[list[int]]:
+    """What the engine's runner draws greedily at each step of the texts, whatever it drew before."""
+    runner, size = engine.runner, engine.config.block_size
+    seqs, free = [], 0
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        length = len(prompt) + len(text)
+        seqs.append(Sequence(i, prompt, SamplingParams(), max_length=length))
+        seqs[-1].block_table = list(range(free, free := free + -(-length // size)))
+    chunks = [Chunk(seq, 0, seq.num_prompt) for seq in seqs]
+    drawn = [runner.launch(Batch(chunks, [], seqs)).result().tokens]
+    for i in range(len(texts[0]) - 1):
+        for row, (seq, text) in enumerate(zip(seqs, texts, strict=True)):
+            seq.token_ids.append(text[i])
+            runner.rows.tokens[row] = text[i]
+        drawn.append(runner.launch(Batch([], seqs, seqs)).result().tokens)
+    return drawn
 
 
 def assert_like_transformers(model, engine: InferenceEngine, outputs, distinct: int = 40) -> None:

@@ -11,7 +11,7 @@ import torch
 from microvllm import KernelSet, SamplingParams
 from microvllm.kernels.sampling import _keep_top, gumbel_noise, sample_reference
 from microvllm.model.logprobs import TokenLogprobs
-from microvllm.model.penalties import adjust
+from microvllm.model.penalties import adjust, adjusts
 from microvllm.model.sampler import Sampler
 from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -47,7 +47,7 @@ def tokens_of(logits: torch.Tensor, rows: list[Row]) -> list[int]:
 
 
 def adjusted(logits: torch.Tensor, *rows: Row) -> torch.Tensor:
-    """The logits that the draw gets to see."""
+    """The logits that each row's draw gets to see, the one that counts."""
     seen = []
 
     def record(logits, *rest, **more):
@@ -55,7 +55,10 @@ def adjusted(logits: torch.Tensor, *rows: Row) -> torch.Tensor:
         return sample_reference(logits, *rest, **more)
 
     Sampler(KernelSet.reference().replace(sample=record))(logits, rows)
-    return seen[0]
+    last = seen[0].clone()
+    for again in seen[1:]:
+        last[[i for i, row in enumerate(rows) if adjusts(row)]] = again
+    return last
 
 
 def draws(logits: torch.Tensor, count: int, *, seed: int = 0, temperature: float = 1.0) -> torch.Tensor:

@@ -22,7 +22,15 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("shape", pairwise_shapes(), ids=str)
 def test_transformers_greedy_tokens_in_float32(models, shape):
     kernels = KernelSet.reference()
-    assert_parity(models, shape, RAGGED, kernels, device="cuda", dtype="float32", max_prefill_tokens=16)
+    options = {"device": "cuda", "dtype": "float32", "max_prefill_tokens": 16}
+    assert_parity(models, shape, RAGGED, kernels, enforce_eager=True, **options)  # references wait for the device
+
+
+def test_small_blocks_say_what_flash_attn_needs():
+    if KernelSet.default("cuda").names["prefill_attention"] != "flash_attn":
+        pytest.skip("flash-attn is not installed")
+    with pytest.raises(ValueError, match="multiples of 256"):
+        InferenceEngine(QWEN2_7B, load_format="dummy", block_size=16, max_model_len=512, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +73,3 @@ def test_log_probabilities_are_those_of_a_distribution(qwen2_7b):
         assert entry.logprob <= 0
         assert sorted(entry.top, key=lambda pair: -pair[1]) == entry.top
     assert all(entry.top[0][0] == entry.token_id for entry in output.logprobs)
-
-
-def test_small_blocks_say_what_flash_attn_needs():
-    if KernelSet.default("cuda").names["prefill_attention"] != "flash_attn":
-        pytest.skip("flash-attn is not installed")
-    with pytest.raises(ValueError, match="multiples of 256"):
-        InferenceEngine(QWEN2_7B, load_format="dummy", block_size=16, max_model_len=512, progress=False)

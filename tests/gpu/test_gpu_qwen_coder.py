@@ -11,7 +11,7 @@ import torch
 from microvllm import InferenceEngine, KernelSet
 from transformers import AutoModelForCausalLM
 
-from ..parity import RecordingSampler
+from ..parity import RecordingSampler, forced_tokens
 from ..small_models import transformers_logits
 
 FILE = os.environ.get("MICROVLLM_QWEN_CODER")
@@ -40,9 +40,11 @@ def truth():
     return model.to("cuda").eval()
 
 
-def generate(dtype: str, kernels: KernelSet) -> list[tuple[list[int], list[int], torch.Tensor]]:
+def generate(dtype: str, kernels: KernelSet, **options) -> list[tuple[list[int], list[int], torch.Tensor]]:
     """(prompt ids, tokens, the logits they were chosen from) of each prompt, all in one batch."""
-    engine = InferenceEngine(FILE, dtype=dtype, num_blocks=64, device="cuda", progress=False, kernels=kernels)
+    engine = InferenceEngine(
+        FILE, dtype=dtype, num_blocks=64, device="cuda", progress=False, kernels=kernels, **options
+    )
     engine.runner.sampler = sampler = RecordingSampler(kernels)
     chats = [engine.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in PROMPTS]
     outputs = engine.generate(chats, max_tokens=TOKENS, ignore_eos=True)
@@ -56,7 +58,7 @@ def logits_of(model, prompt: list[int], tokens: list[int]) -> torch.Tensor:
 
 def test_greedy_tokens_in_float32_are_those_of_transformers(truth):
     seen = set()
-    for prompt, tokens, logits in generate("float32", KernelSet.reference()):
+    for prompt, tokens, logits in generate("float32", KernelSet.reference(), enforce_eager=True):
         expected = logits_of(truth, prompt, tokens)
         assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
         assert tokens == expected.argmax(dim=-1).tolist()
@@ -80,3 +82,13 @@ def test_logits_in_bfloat16_are_as_right_as_those_of_transformers(truth):
 
     print(f"root mean square error of bfloat16 logits: {root_mean_square(ours):.4f} and {root_mean_square(theirs):.4f}")
     assert root_mean_square(ours) <= 1.25 * root_mean_square(theirs)
+
+
+def test_graphs_choose_the_tokens_of_the_eager_reference_when_each_is_fed_its_text():
+    """At 99 % of the steps, with every token of a text put in the place of the one that was drawn."""
+    prompts, texts, _ = zip(*generate("bfloat16", KernelSet.reference(), enforce_eager=True), strict=True)
+    engine = InferenceEngine(FILE, dtype="bfloat16", num_blocks=64, device="cuda", progress=False)
+    drawn = forced_tokens(engine, prompts, texts)
+    same = [token == text[i] for i, step in enumerate(drawn) for token, text in zip(step, texts, strict=True)]
+    print(f"equal greedy tokens: {sum(same)} of {len(same)}")
+    assert len(same) == TOKENS * len(PROMPTS) and sum(same) >= 0.99 * len(same)

@@ -1,10 +1,19 @@
-"""Tensors on their way from the device to the host, while the device goes on."""
+"""Tensors on their way between host and device, neither of which waits for the other."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
+
+
+def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The values as a tensor on the device. Memory that is not pinned would be copied only when all is computed that
+    was launched before."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 @cache

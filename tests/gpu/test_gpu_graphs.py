@@ -1,0 +1,113 @@
+"""Decodes as CUDA graphs: the bits of the eager engine, whatever joins, leaves, asks for more or is preempted."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from microvllm import InferenceEngine, SamplingParams
+
+from ..parity import forced_tokens
+
+HALF_B = Path(__file__).parents[2] / "bench" / "shapes" / "qwen2-0.5b"
+VOCAB_SIZE = 151936
+OPTIONS = {"load_format": "dummy", "device": "cuda", "progress": False, "max_model_len": 1024, "num_blocks": 200}
+OPTIONS |= {"enable_prefix_caching": False}  # a cached prefix is rounded otherwise
+
+
+def make_engine(**options) -> InferenceEngine:
+    return InferenceEngine(HALF_B, **OPTIONS | {"max_batch_size": 40} | options)
+
+
+@pytest.fixture(scope="module")
+def graphs():
+    return make_engine()
+
+
+@pytest.fixture(scope="module")
+def eager():
+    return make_engine(enforce_eager=True)
+
+
+def prompts(count: int, shortest: int = 1, longest: int = 300) -> list[list[int]]:
+    rng = random.Random(count)
+    return [rng.choices(range(VOCAB_SIZE), k=rng.randint(shortest, longest)) for _ in range(count)]
+
+
+def asked(i: int, **options) -> SamplingParams:
+    """Greedy, temperature, top-k, top-p and min-p in turn."""
+    kinds = (
+        {},
+        {"temperature": 0.7},
+        {"temperature": 1.0, "top_k": 50, "top_p": 0.9},
+        {"temperature": 1, "min_p": 0.1},
+    )
+    return SamplingParams(seed=i, ignore_eos=True, **kinds[i % len(kinds)], **options)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 40])
+def test_graphs_have_the_bits_of_the_eager_engine_at_a_buckets_size(graphs, eager, count):
+    """Every request runs from the first decode to the last, so that both compute the same batches."""
+    texts = [engine_outputs(engine, count) for engine in (graphs, eager)]
+    assert texts[0] == texts[1]
+
+
+def engine_outputs(engine: InferenceEngine, count: int) -> list:
+    """Tokens and log-probabilities: of all logits, in the end."""
+    params = [asked(i, max_tokens=40, logprobs=3 if i % 3 == 0 else None) for i in range(count)]
+    outputs = engine.generate(prompts(count), params)
+    return [(output.token_ids, output.logprobs) for output in outputs]
+
+
+def test_padded_rows_change_nothing_but_rounding(graphs, eager):
+    """Fed one text, five sequences draw in a bucket of eight what they draw in a batch of five, but for close calls."""
+    texts = [random.Random(i).choices(range(VOCAB_SIZE), k=64) for i in range(5)]
+    padded, exact = (forced_tokens(engine, prompts(5), texts) for engine in (graphs, eager))
+    same = [a == b for step in zip(padded, exact, strict=True) for a, b in zip(*step, strict=True)]
+    assert len(same) == 5 * 64 and sum(same) >= 0.95 * len(same)
+
+
+def test_a_step_behind_draws_what_an_engine_in_step_draws(graphs):
+    """With penalties and log-probabilities. All end together, so both compute the same batches."""
+    in_step = make_engine(async_scheduling=False)
+    params = [
+        asked(i, max_tokens=30, repetition_penalty=1.1 if i % 5 == 1 else 1.0, logprobs=2 if i % 4 == 2 else None)
+        for i in range(8)
+    ]
+    behind, expected = (engine.generate(prompts(8), params) for engine in (graphs, in_step))
+    for got, wanted in zip(behind, expected, strict=True):
+        assert (got.token_ids, got.logprobs) == (wanted.token_ids, wanted.logprobs)
+
+
+def test_whatever_joins_ends_is_aborted_or_preempted(graphs):
+    """A random life: every text has its length, every block comes back, and no row shows another's token."""
+    engine = make_engine(num_blocks=12, max_batch_size=16)
+    rng, left, lengths, outputs = random.Random(1), prompts(40, 100, 400), {}, {}
+    while left or engine.has_work:
+        for _ in range(rng.randint(0, 2)):
+            if left:
+                tokens = rng.randint(1, 200)
+                options = asked(len(left), max_tokens=tokens, presence_penalty=rng.choice([0.0, 0.0, 0.5]))
+                lengths[engine.add_request(left.pop(), options)] = tokens
+        if rng.random() < 0.02 and lengths:
+            engine.abort(rng.choice(list(lengths)))
+        outputs |= {event.request_id: event.output for event in engine.step() if event.output is not None}
+    engine.cache_manager.check()
+    assert engine.cache_manager.num_used == 0 and engine.stats().preemptions > 0
+    assert len(outputs) == 40
+    for i, output in outputs.items():
+        assert output.finish_reason == "abort" or len(output.token_ids) == lengths[i]
+
+
+def test_logits_that_are_no_numbers_end_a_request_and_nothing_else(graphs):
+    (prompt,), token = prompts(1), 77
+    healthy = graphs.generate([prompt], asked(0, max_tokens=8))[0].token_ids
+    embedding = graphs.runner.model.embedding.data
+    kept = embedding[token].clone()
+    embedding[token] = torch.nan
+    (output,) = graphs.generate([prompt], asked(0, max_tokens=8))
+    embedding[token] = kept
+    assert output.finish_reason == "error"
+    assert graphs.generate([prompt], asked(0, max_tokens=8))[0].token_ids == healthy

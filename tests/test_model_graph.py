@@ -1,0 +1,75 @@
+"""Decodes in padded buckets, as graphs replay them; on a CPU a graph is its call, made again into the same tensors."""
+
+from __future__ import annotations
+
+import pytest
+from microvllm import InferenceEngine
+from microvllm.engine import model_graph
+from microvllm.engine.model_graph import ModelGraphRunner, bucket_sizes
+
+from .small_models import Shape, make_model
+from .test_async_scheduling import answers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Recomputed:
+    """A CapturedCall without a GPU."""
+
+    pool = None
+
+    def __init__(self, call, pool):
+        self._call, self.outputs = call, call()
+
+    def replay(self):
+        for output, new in zip(self.outputs, self._call(), strict=True):
+            output.copy_(new)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model(Shape(), folder)
+    return folder
+
+
+def make_engine(folder, **options) -> InferenceEngine:
+    return InferenceEngine(folder, device="cpu", progress=False, block_size=16, **options)
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["in step", "a step behind"])
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 9}, {"alignment_window": 4}], ids=str)
+def test_padded_buckets_answer_as_exact_batches(folder, monkeypatch, behind, options):
+    options = {"max_batch_size": 11, "num_blocks": 64, "async_scheduling": behind} | options
+    expected = answers(make_engine(folder, **options), 24)
+    monkeypatch.setattr(model_graph, "CapturedCall", Recomputed)
+    engine = make_engine(folder, **options)
+    exact = engine.runner
+    engine.runner = runner = ModelGraphRunner(exact.model, exact.sampler, exact.cache, options["max_batch_size"])
+    replayed = {}
+    for size, graph in runner._graphs.items():
+        monkeypatch.setattr(graph, "replay", lambda size=size, replay=graph.replay: replayed.update({size: replay()}))
+    got = answers(engine, 24)
+    assert len(replayed) > 2
+    assert got.keys() == expected.keys()
+    for i, output in got.items():
+        assert (output.token_ids, output.finish_reason) == (expected[i].token_ids, expected[i].finish_reason)
+
+
+@pytest.mark.parametrize("largest", [1, 2, 3, 8, 9, 32, 35, 100, 256, 300])
+def test_every_batch_has_a_bucket_and_the_largest_its_own(largest):
+    sizes = bucket_sizes(largest)
+    assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == largest
+    for count in range(9, largest + 1):
+        size = next(size for size in sizes if size >= count)
+        assert size - count < 8 or (size - count) / size < 1 / 3
+
+
+def test_what_cannot_be_captured_is_named(folder, monkeypatch):
+    def fail(call, pool):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(model_graph, "CapturedCall", fail)
+    runner = make_engine(folder, num_blocks=4).runner
+    with pytest.raises(ValueError, match=r"decode of 2 sequences cannot be captured.*enforce_eager=True"):
+        ModelGraphRunner(runner.model, runner.sampler, runner.cache, 2)
