@@ -1,8 +1,8 @@
 """The engine beside a peer, in turns, on the same token ids:   python -m bench.engine --peer vllm
 
 On a GPU that is the list of bench.workloads in Qwen2-7B's shape. --cases chooses from the list; --requests measures
-other workloads. --policies, --gap and --startup measure in other ways. Tables go to the terminal, figures and pictures
-to bench/results.
+other workloads. --policies, --gap, --startup and --profile measure in other ways. Tables go to the terminal, figures
+and pictures to bench/results.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from typing import Any
 
 import torch
 from microvllm.engine.config import DTYPES
-from microvllm.kernels.roof import measure_roof
+from microvllm.kernels.roof import Roof, measure_roof
 from microvllm.model.checkpoint import LOAD_FORMATS
 from microvllm.model.config import ModelConfig
 
-from . import engine_picture, gap, picture, policies, record, startup
+from . import engine_picture, gap, picture, policies, profile, record, startup
 from .engine_tables import brief_rows, decode_rows, point, prefill_rows
 from .engines import OURS, PEERS, Engine, Model, Ours, our_engine, share_beside
 from .floor import step_floor
+from .profiler import Blocks, Profiler
 from .turns import compare
 from .workloads import WORKLOADS, Workload, named
 
 SHAPES = Path(__file__).parent / "shapes"
 QUICK_TOKENS = 16
 QUICK_REQUESTS = policies.Requests(count=12, prompt=(8, 64), output=(4, 16), running=4)
+QUICK_BLOCKS = Blocks(steps=4)
 QUICK_ARRIVAL = gap.Arrival(streams=4, shortest=8, longest=32, prompt=64, settled=2, tokens=8)
 
 
@@ -39,12 +41,18 @@ def load(model: Model, peer: str | None, with_roof: bool) -> tuple[dict[str, Eng
     gpu = torch.cuda.is_available()
     # The peer goes first: vLLM measures the memory while it loads, and what changes meanwhile would mislead it.
     engines = {peer: PEERS[peer](model)} if peer else {}
-    read = None
-    if with_roof and gpu:
-        read = measure_roof(torch.device("cuda", torch.cuda.current_device())).read
-        torch.cuda.empty_cache()
+    roof = gpu_roof() if with_roof else None
     share = {"gpu_memory_utilization": share_beside()} if peer and gpu else {}
-    return {OURS: Ours(model, **share), **engines}, read
+    return {OURS: Ours(model, **share), **engines}, roof and roof.read
+
+
+def gpu_roof() -> Roof | None:
+    """This GPU's, measured before an engine takes the memory; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    roof = measure_roof(torch.device("cuda", torch.cuda.current_device()))
+    torch.cuda.empty_cache()
+    return roof
 
 
 def bench_workloads(model: Model, config: ModelConfig, options: argparse.Namespace) -> None:
@@ -98,6 +106,21 @@ def bench_startup(model: Model, options: argparse.Namespace) -> None:
     print(save(f"startup-{model.name}-{options.peer or 'alone'}", model, rows, options))
 
 
+def bench_profile(model: Model, config: ModelConfig, blocks: Blocks, options: argparse.Namespace) -> None:
+    roof = gpu_roof()
+    profiler = Profiler(model, roof)
+    about = {"kind": "profile", "kernels": str(profiler.engine.kernels), "roof": roof and asdict(roof)}
+    rows, points = [], []
+    for workload in options.workloads:
+        found = profiler.profile(workload, config.vocab_size, blocks)
+        rows += profile.rows(found)
+        points.append(profile.point(found))
+        print(f"{record.table(profile.rows(found))}\n{profile.words(found)}\n", flush=True)
+        path = save(f"profile-{model.name}", model, rows, options, points=points, blocks=asdict(blocks), **about)
+    print(path, flush=True)
+    picture.draw_beside(path, engine_picture.draw)
+
+
 def save(name: str, model: Model, rows: list[dict[str, Any]], options: argparse.Namespace, **about: Any) -> Path:
     """record.save, with what every record says, and --quick and --name in its name."""
     name = "-".join(filter(None, [name, "quick" if options.quick else "", options.name]))
@@ -113,8 +136,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="default: what the engine takes")
     add("--peer", choices=PEERS, help="measured in the same run, in turns A B A B")
     add("--cases", nargs="*", metavar="NAME", help=f"default on a GPU with --peer vllm: {' '.join(WORKLOADS)}")
-    add("--requests", type=int, nargs="+", help="batch sizes, instead of --cases; default: 1 8")
-    add("--prompt", type=int, default=32, help="prompt tokens of each of --requests")
+    add("--requests", type=int, nargs="+", help="batch sizes, instead of --cases; default: 1 8, or 1 35 with "
+        "--profile on a GPU")  # fmt: skip
+    add("--prompt", type=int, help="prompt tokens of each of --requests; default: 32, or 512 with --profile on a GPU")
     add("--tokens", type=int, default=64, help="tokens that each of --requests generates")
     add("--rounds", type=int, default=3, help="turns of each engine; medians are shown")
     add("--quick", action="store_true", help="few tokens, to see that all runs; the record's name says so")
@@ -123,20 +147,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     ways.add_argument("--policies", action="store_true", help="our scheduling policies on requests of mixed lengths")
     ways.add_argument("--gap", action="store_true", help="our streams' gaps when a long prompt arrives")
     ways.add_argument("--startup", action="store_true", help="from process start to the first token, compiled or not")
+    ways.add_argument("--profile", action="store_true", help="where a decode step's time goes: operators, gaps, host")
     ways.add_argument("--draw", action="store_true", help="measure nothing; draw the pictures of bench/results again")
     add("--running", type=int, help="with --policies: requests that run at once; default: 64")
     options = parser.parse_args(arguments)
     if options.cases is not None and options.requests:
         parser.error("--cases are named workloads and --requests others: give one of the two")
-    if options.peer and (options.policies or options.gap):
-        parser.error("--policies and --gap measure our engine by itself: they take no --peer")
+    if options.peer and (options.policies or options.gap or options.profile):
+        parser.error("--policies, --gap and --profile measure our engine by itself: they take no --peer")
     if options.peer == "transformers" and options.startup:
         parser.error("--startup knows no peer but vllm")
     gpu = torch.cuda.is_available()
     if options.peer == "vllm" and options.cases is None and not options.requests and gpu:
         options.cases = []
     if options.model is None:
-        in_shape = gpu and (options.cases is not None or options.policies or options.gap or options.startup)
+        ways_of_ours = options.policies or options.gap or options.startup or options.profile
+        in_shape = gpu and (options.cases is not None or ways_of_ours)
         options.model = str(SHAPES / "qwen2-7b") if in_shape else "smollm2"
     if options.load_format is None:
         options.load_format = "dummy" if Path(options.model).resolve().parent == SHAPES.resolve() else "auto"
@@ -145,6 +171,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.peer and importlib.util.find_spec(options.peer) is None:
         print(f"{options.peer} is not installed: {OURS} runs alone", flush=True)
         options.peer = None
+    profile_on_gpu = options.profile and gpu
+    options.requests = options.requests or ((1, 35) if profile_on_gpu else (1, 8))
+    options.prompt = options.prompt or (512 if profile_on_gpu else 32)
     try:
         options.workloads = workloads(options)
     except ValueError as error:
@@ -159,7 +188,7 @@ def workloads(options: argparse.Namespace) -> list[Workload]:
     else:
         chosen = [
             Workload(str(requests), requests, (options.prompt, options.prompt), options.tokens)
-            for requests in options.requests or (1, 8)
+            for requests in options.requests
         ]
     if options.quick:
         chosen = [replace(workload, tokens=min(QUICK_TOKENS, workload.tokens)) for workload in chosen]
@@ -182,6 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.gap:
         model, config = Model.open(options.model, options.load_format, options.dtype, arrival.longest_text)
         bench_gap(model, config, arrival, options)
+    elif options.profile:
+        blocks = replace(QUICK_BLOCKS if options.quick else Blocks(), rounds=options.rounds)
+        longest = max(map(blocks.longest_text, options.workloads))
+        model, config = Model.open(options.model, options.load_format, options.dtype, longest)
+        bench_profile(model, config, blocks, options)
     elif options.startup:
         model, _ = Model.open(options.model, options.load_format, options.dtype)
         bench_startup(model, options)

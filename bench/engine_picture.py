@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,6 +12,9 @@ from .picture import OURS as OUR_COLOUR
 from .picture import PEER_COLOURS
 
 PALE = "#ced4da"
+PART_COLOURS = (OUR_COLOUR, *PEER_COLOURS[:4], *PEER_COLOURS[5:], "#f15bb5", "#606c38")
+"""Of a step's parts: all but the grey of the peers'."""
+GREYS = ("#343a40", "#868e96", PALE)
 UNITS = {"prefill": (1e3, "ms to the first token of all"), "step": (1e3, "ms a step"), "rate": (1, "tokens/s")}
 """By a field of Turn: what it is multiplied by to be shown, and in which unit that is."""
 PANELS = {
@@ -111,5 +115,50 @@ def policies_figure(record: dict[str, Any]) -> Any:
     return figure
 
 
-FIGURES = {"cases": cases_figure, "policies": policies_figure}
+def profile_figure(record: dict[str, Any]) -> Any:
+    """For each workload a bar of the step's parts as the profiler saw them, operators in colour, and one of the host's
+    parts without it. Where the roof of every operator is known, a dashed line is what they take at it.
+    """
+    from matplotlib.figure import Figure
+
+    points = record["points"]
+    figure = Figure(figsize=(13, 2.2 + 0.6 * len(points)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    operators = [[line for line in point["lines"] if line["calls"] is not None] for point in points]
+    names = [line["name"] for lines in operators for line in lines]
+    _stack(panels[0], [{line["name"]: line["seconds"] for line in point["lines"]} for point in points], names)
+    _stack(panels[1], [point["host"] for point in points], list(points[0]["host"]))
+    for axes, title in zip(panels, ("a step, with the profiler", "the host's part, without the profiler"), strict=True):
+        steps = [point["step"] * 1e3 for point in points]
+        _ticks(axes, steps, "step without the profiler")
+        axes.set_xlabel(f"ms: {title}", fontsize=8)
+        _plain(axes)
+    floors = [[line["floor"] for line in lines] for lines in operators]
+    if not any(None in floor for floor in floors):
+        _ticks(panels[0], [sum(floor) * 1e3 for floor in floors], "operators at the roof", linestyles="dashed")
+    for axes in panels:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4, frameon=False, fontsize=7)
+    panels[0].set_yticks(range(len(points)), [f"{point['case']}\n{point['about']}" for point in points])
+    panels[0].invert_yaxis()
+    return figure
+
+
+def _stack(axes: Any, bars: Sequence[dict[str, float]], coloured: Sequence[str]) -> None:
+    """Bars of parts in seconds, side by side in ms; those that are not coloured are grey."""
+    names = dict.fromkeys(name for bar in bars for name in bar)
+    colours = dict(zip(dict.fromkeys(coloured), cycle(PART_COLOURS), strict=False))
+    colours |= dict(zip((name for name in names if name not in colours), cycle(GREYS), strict=False))
+    left = [0.0] * len(bars)
+    for name in names:
+        widths = [bar.get(name, 0.0) * 1e3 for bar in bars]
+        axes.barh(range(len(bars)), widths, 0.6, left=left, color=colours[name], label=name)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+
+
+def _ticks(axes: Any, places: Sequence[float], label: str, **style: Any) -> None:
+    bars = range(len(places))
+    axes.vlines(places, [y - 0.35 for y in bars], [y + 0.35 for y in bars], "black", label=label, **style)
+
+
+FIGURES = {"cases": cases_figure, "policies": policies_figure, "profile": profile_figure}
 """By the kind that a record says it is."""
