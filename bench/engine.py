@@ -36,14 +36,14 @@ QUICK_BLOCKS = Blocks(steps=4)
 QUICK_ARRIVAL = gap.Arrival(streams=4, shortest=8, longest=32, prompt=64, settled=2, tokens=8)
 
 
-def load(model: Model, peer: str | None, with_roof: bool) -> tuple[dict[str, Engine], float | None]:
+def load(model: Model, peer: str | None, eager: bool, with_roof: bool) -> tuple[dict[str, Engine], float | None]:
     """→ the engines by name, ours first; the bytes/s that this GPU reads, None where it is not asked for or no GPU"""
     gpu = torch.cuda.is_available()
     # The peer goes first: vLLM measures the memory while it loads, and what changes meanwhile would mislead it.
     engines = {peer: PEERS[peer](model)} if peer else {}
     roof = gpu_roof() if with_roof else None
     share = {"gpu_memory_utilization": share_beside()} if peer and gpu else {}
-    return {OURS: Ours(model, **share), **engines}, roof and roof.read
+    return {OURS: Ours(model, enforce_eager=eager, **share), **engines}, roof and roof.read
 
 
 def gpu_roof() -> Roof | None:
@@ -60,7 +60,7 @@ def bench_workloads(model: Model, config: ModelConfig, options: argparse.Namespa
     decoding = [workload for workload in options.workloads if workload.tokens > 1]
     prefilling = [workload for workload in options.workloads if workload.tokens == 1]
     peer = options.peer
-    engines, read = load(model, peer, with_roof=listed and bool(decoding))
+    engines, read = load(model, peer, options.eager, with_roof=listed and bool(decoding))
     about = {"max_model_len": model.max_model_len, "kernels": str(engines[OURS].engine.kernels)}
     about |= {"read bytes/s": read} if read else {}
     about |= {"kind": "cases"} if listed else {"prompt": options.prompt, "tokens": options.tokens}
@@ -92,7 +92,7 @@ def bench_policies(model: Model, config: ModelConfig, requests: policies.Request
 
 
 def bench_gap(model: Model, config: ModelConfig, arrival: gap.Arrival, options: argparse.Namespace) -> None:
-    engine = our_engine(model)
+    engine = our_engine(model, enforce_eager=options.eager)
     rows = gap.bench(engine, arrival, config.vocab_size, options.rounds)
     print(record.table(rows))
     about = {"arrival": asdict(arrival), "max_prefill_tokens": engine.config.max_prefill_tokens}
@@ -108,7 +108,7 @@ def bench_startup(model: Model, options: argparse.Namespace) -> None:
 
 def bench_profile(model: Model, config: ModelConfig, blocks: Blocks, options: argparse.Namespace) -> None:
     roof = gpu_roof()
-    profiler = Profiler(model, roof)
+    profiler = Profiler(model, roof, enforce_eager=options.eager)
     about = {"kind": "profile", "kernels": str(profiler.engine.kernels), "roof": roof and asdict(roof)}
     rows, points = [], []
     for workload in options.workloads:
@@ -122,8 +122,9 @@ def bench_profile(model: Model, config: ModelConfig, blocks: Blocks, options: ar
 
 
 def save(name: str, model: Model, rows: list[dict[str, Any]], options: argparse.Namespace, **about: Any) -> Path:
-    """record.save, with what every record says, and --quick and --name in its name."""
-    name = "-".join(filter(None, [name, "quick" if options.quick else "", options.name]))
+    """record.save, with what every record says, and --eager, --quick and --name in its name."""
+    words = ["eager" if options.eager else "", "quick" if options.quick else "", options.name]
+    name = "-".join(filter(None, [name, *words]))
     return record.save(name, rows, model=model.name, dtype=model.dtype, load_format=model.load_format, **about)
 
 
@@ -142,6 +143,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=int, default=64, help="tokens that each of --requests generates")
     add("--rounds", type=int, default=3, help="turns of each engine; medians are shown")
     add("--quick", action="store_true", help="few tokens, to see that all runs; the record's name says so")
+    add("--eager", action="store_true", help="our engine without CUDA graphs; the record's name says so")
     add("--name", default="", metavar="WORD", help="a word at the end of the record's name")
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument("--policies", action="store_true", help="our scheduling policies on requests of mixed lengths")
@@ -157,6 +159,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--policies, --gap and --profile measure our engine by itself: they take no --peer")
     if options.peer == "transformers" and options.startup:
         parser.error("--startup knows no peer but vllm")
+    if options.eager and (options.policies or options.startup):
+        parser.error("--eager is for the cases, --requests, --gap and --profile")
     gpu = torch.cuda.is_available()
     if options.peer == "vllm" and options.cases is None and not options.requests and gpu:
         options.cases = []

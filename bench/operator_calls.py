@@ -114,6 +114,10 @@ def _sample(logits: torch.Tensor, **rest: Any) -> Sizes:
     return [{"rows": rows, "vocab": vocab, "kind": "", "shape": ""}]  # neither changes what is read
 
 
+def _advance_decode(drawn: torch.Tensor, block_table: torch.Tensor, block_size: int, **rest: Any) -> Sizes:
+    return [{"rows": len(drawn), "block_size": block_size, "max_blocks": block_table.shape[1]}]
+
+
 SIZES: Mapping[str, Callable[..., Sizes]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _rms_norm,
@@ -122,5 +126,6 @@ SIZES: Mapping[str, Callable[..., Sizes]] = {
     "paged_attention": _paged_attention,
     "swiglu": _swiglu,
     "sample": _sample,
+    "advance_decode": _advance_decode,
 }
 """By operator: from the arguments of a call, by the names that its reference has for them, to its sizes."""

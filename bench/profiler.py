@@ -53,11 +53,15 @@ class _OperatorClock:
 
 
 class Profiler:
-    """An engine of ours, watched.   roof: what its GPU does at best; None on a CPU"""
+    """An engine of ours, watched.
 
-    def __init__(self, model: Model, roof: Roof | None = None):
+    roof:     what its GPU does at best; None on a CPU
+    options:  fields of EngineConfig
+    """
+
+    def __init__(self, model: Model, roof: Roof | None = None, **options: Any):
         self._watched = WatchedKernels(KernelSet.default())
-        self.engine, self.roof = our_engine(model, kernels=self._watched.kernels), roof
+        self.engine, self.roof = our_engine(model, kernels=self._watched.kernels, **options), roof
         self._clock = HostClock(self.engine)
         self._attribution: Attribution | None = None
 

@@ -111,7 +111,7 @@ class SteadyDecode:
         seqs = [copy.copy(seq) for seq in self.engine.scheduler.running]
         for seq in seqs:
             seq.num_pending = 0
-        ModelRunner(runner.model, runner.sampler, runner.cache).launch(Batch([], seqs, seqs)).result()
+        ModelRunner(runner.model, runner.sampler, runner.cache, len(seqs)).launch(Batch([], seqs, seqs)).result()
 
     def close(self) -> None:
         for request in self._requests:

@@ -19,6 +19,7 @@ NAMES = {
     "prefill_attention",
     "swiglu",
     "sample",
+    "advance_decode",
 }
 
 
