@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import wraps
 from typing import Any, Protocol
 
@@ -22,16 +21,13 @@ class Observer(Protocol):
 class WatchedKernels:
     """`kernels` computes what the given KernelSet does and tells `observer` of each call, while there is one.
 
-    kernels: of implementations that the operators know by name. A captured CUDA graph calls no Python: its replays are
-             seen by no observer.
+    A fused operator that is composed is seen as its parts. A captured CUDA graph calls no Python: its replays are seen
+    by no observer.
     """
 
     def __init__(self, kernels: KernelSet):
         self.observer: Observer | None = None
-        chosen = {op: (name, OPS[op].choose(name)) for op, name in kernels.names.items()}
-        self.kernels = KernelSet(
-            {op: (name, replace(it, function=self._watched(op, it.function))) for op, (name, it) in chosen.items()}
-        )
+        self.kernels = kernels.wrapped(self._watched)
 
     def _watched(self, op: str, function: Callable) -> Callable:
         @wraps(function)
@@ -90,6 +86,18 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return [{"rows": len(x), "outputs": weight.shape[0], "inputs": weight.shape[1], "bias": bias is not None}]
 
 
+def _norm_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **rest: Any) -> Sizes:
+    return [{"tokens": len(x), "outputs": weight.shape[0], "inputs": weight.shape[1], "bias": bias is not None}]
+
+
+def _norm_gate_up_swiglu(x: torch.Tensor, weight: torch.Tensor, **rest: Any) -> Sizes:
+    return [{"tokens": len(x), "intermediate": weight.shape[0] // 2, "inputs": weight.shape[1]}]
+
+
+def _linear_add(x: torch.Tensor, weight: torch.Tensor, **rest: Any) -> Sizes:
+    return [{"rows": len(x), "outputs": weight.shape[0], "inputs": weight.shape[1]}]
+
+
 def _rotary_store_kv(q: torch.Tensor, k: torch.Tensor, k_cache: torch.Tensor, **rest: Any) -> Sizes:
     tokens, heads, head_dim = q.shape
     shape = {"heads": heads, "kv_heads": k.shape[1], "head_dim": head_dim, "block_size": k_cache.shape[1]}
@@ -120,8 +128,10 @@ def _advance_decode(drawn: torch.Tensor, block_table: torch.Tensor, block_size: 
 
 SIZES: Mapping[str, Callable[..., Sizes]] = {
     "rms_norm": _rms_norm,
-    "add_rms_norm": _rms_norm,
     "linear": _linear,
+    "norm_linear": _norm_linear,
+    "norm_gate_up_swiglu": _norm_gate_up_swiglu,
+    "linear_add": _linear_add,
     "rotary_store_kv": _rotary_store_kv,
     "paged_attention": _paged_attention,
     "swiglu": _swiglu,

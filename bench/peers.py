@@ -13,7 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from microvllm.kernels import append_attention, rms_norm, rotary, sampling, swiglu
+from microvllm.kernels import (
+    append_attention,
+    linear_add,
+    norm_gate_up_swiglu,
+    norm_linear,
+    rms_norm,
+    rotary,
+    sampling,
+    swiglu,
+)
+from microvllm.kernels.kernel_set import KernelSet
 from microvllm.kernels.measure import Peer
 from microvllm.kernels.op import Op
 
@@ -298,8 +308,21 @@ def _vllm_rotary_store_kv(*, q, k, v, cos, sin, positions, k_cache, v_cache, slo
     return run
 
 
+def _unfused(op: Op) -> Peer:
+    """Our own kernels for its parts, one after the other."""
+
+    def bind(**inputs: Any) -> Callable[[], Any]:
+        return partial(op.compose(KernelSet.default("cuda")), **inputs)
+
+    return Peer("unfused", bind)
+
+
 def _cublas(*, x, weight, bias=None):
     return partial(F.linear, x, weight, bias)
+
+
+def _cublas_add(*, x, weight, residual):
+    return partial(torch.addmm, residual, x, weight.t())
 
 
 # The draw of a token.
@@ -379,6 +402,9 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("FA3 (vLLM)", _fa3_prefill, _VLLM, _refuses_cache),
     ),
     "linear": (Peer("cuBLAS", _cublas),),
+    "norm_linear": (_unfused(norm_linear.OP),),
+    "norm_gate_up_swiglu": (_unfused(norm_gate_up_swiglu.OP),),
+    "linear_add": (_unfused(linear_add.OP), Peer("cuBLAS", _cublas_add)),
     "rms_norm": (Peer("vLLM", _vllm_rms_norm, _VLLM), _compiled_reference(rms_norm.OP)),
     "add_rms_norm": (
         Peer("vLLM", _vllm_add_rms_norm, _VLLM, in_place=True),

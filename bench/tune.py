@@ -20,7 +20,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from microvllm.kernels import linear, paged_attention, prefill_attention, rms_norm, swiglu
+from microvllm.kernels import (
+    linear,
+    norm_gate_up_swiglu,
+    norm_linear,
+    paged_attention,
+    prefill_attention,
+    rms_norm,
+    swiglu,
+)
 from microvllm.kernels.measure import default_dtype
 from microvllm.kernels.op import Case, Op
 from microvllm.kernels.timing import graph_time
@@ -83,6 +91,26 @@ def _few_rows() -> tuple[Launch, ...]:
     return tuple(dict(zip(names, tile, strict=True)) | {"SPLITS": n} for tile in tiles for n in (1, 2, 4, 5, 7))
 
 
+def _one_row() -> tuple[Launch, ...]:
+    tiles = grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(256, 512), UNROLL=(2, 4), num_warps=(1,))
+    return tiles + grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(512, 1024), UNROLL=(2,), num_warps=(2,))
+
+
+def _one_row_short() -> tuple[Launch, ...]:
+    """For a row of 896: as one tile, or in several."""
+    tiles = grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(1024,), UNROLL=(1,), num_warps=(2, 4))
+    return tiles + grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(256,), UNROLL=(2, 4), num_warps=(1,))
+
+
+def _fused_one_row(module: ModuleType) -> tuple[Sweep, ...]:
+    return tuple(
+        Sweep(
+            module.OP, "triton", module, "_launch", launches, lambda case, s=short: (case.sizes["inputs"] <= 1024) == s
+        )
+        for short, launches in ((False, _one_row()), (True, _one_row_short()))
+    )
+
+
 def _prefill() -> tuple[Launch, ...]:
     names = ("BLOCK_M", "BLOCK_N", "STAGES", "num_warps")
     tiles = ((128, 128, 3, 8), (128, 128, 2, 8), (128, 64, 3, 8), (128, 64, 4, 8), (64, 64, 3, 4))
@@ -103,8 +131,16 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
             "skinny",
             linear,
             "_one_row_launch",
-            grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(256, 512), UNROLL=(1, 4), num_warps=(1, 2)),
-            lambda case: case.sizes["rows"] == 1,
+            _one_row(),
+            lambda case: case.sizes["rows"] == 1 and case.sizes["inputs"] > 1024,
+        ),
+        Sweep(
+            linear.OP,
+            "skinny",
+            linear,
+            "_one_row_launch",
+            _one_row_short(),
+            lambda case: case.sizes["rows"] == 1 and case.sizes["inputs"] <= 1024,
         ),
         Sweep(
             linear.OP,
@@ -115,6 +151,8 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
             lambda case: 1 < case.sizes["rows"] <= linear.SKINNY_ROWS,
         ),
     ),
+    "norm_linear": _fused_one_row(norm_linear),
+    "norm_gate_up_swiglu": _fused_one_row(norm_gate_up_swiglu),
     "rms_norm": (
         Sweep(
             rms_norm.OP,

@@ -121,15 +121,15 @@ def _sampling_params(options: argparse.Namespace) -> SamplingParams:
 
 
 def _engine(options: argparse.Namespace) -> InferenceEngine:
-    kernels = KernelSet.default(EngineConfig(device=options.device).resolve_device())
+    swaps = {}
     for swap in options.kernel:
         op, equals, name = swap.partition("=")
         if not equals:
             raise ValueError(f"--kernel {swap} must read OP=NAME")
-        kernels = kernels.replace(**{op: name})
+        swaps[op] = name
     return InferenceEngine(
         options.model,
-        kernels=kernels,
+        kernels=KernelSet.default(EngineConfig(device=options.device).resolve_device()).replace(**swaps),
         device=options.device,
         dtype=options.dtype,
         max_model_len=options.max_model_len,

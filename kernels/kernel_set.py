@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -11,6 +13,9 @@ from . import (
     advance_decode,
     append_attention,
     linear,
+    linear_add,
+    norm_gate_up_swiglu,
+    norm_linear,
     paged_attention,
     prefill_attention,
     rms_norm,
@@ -19,7 +24,7 @@ from . import (
     sampling,
     swiglu,
 )
-from .op import REFERENCE, Implementation, Op
+from .op import COMPOSED, REFERENCE, Implementation, Op
 
 
 def _by_name(ops: Iterable[Op]) -> Mapping[str, Op]:
@@ -29,38 +34,66 @@ def _by_name(ops: Iterable[Op]) -> Mapping[str, Op]:
 OPS: Mapping[str, Op] = _by_name(
     (
         rms_norm.OP,
-        rms_norm.ADD_OP,
         linear.OP,
         rotary_store_kv.OP,
         paged_attention.OP,
         prefill_attention.OP,
         swiglu.OP,
         sampling.OP,
+        norm_linear.OP,
+        norm_gate_up_swiglu.OP,
+        linear_add.OP,
         advance_decode.OP,
     )
 )
-"""The operators that an engine runs."""
+"""The operators that an engine runs, fused ones behind their parts."""
 
-STANDALONE: Mapping[str, Op] = _by_name((rotary.OP, append_attention.OP))
+STANDALONE: Mapping[str, Op] = _by_name((rotary.OP, append_attention.OP, rms_norm.ADD_OP))
 """Operators that no engine runs: parts and comparisons."""
 
 _IN_PLACE_OF = {
+    "add_rms_norm": "linear_add and rms_norm",
     "rotary": "rotary_store_kv, which contains it",
     "append_attention": "rotary_store_kv and paged_attention, which together are it",
 }
 
 
+Choice = tuple[str, Implementation | None]
+"""The name and the implementation that an operator runs; (COMPOSED, None) for a fused one that is composed."""
+
+
 class KernelSet:
     """One implementation for each operator; `kernels.rms_norm(x, weight, eps)` calls the chosen one.
+
+    A fused operator (`Op.parts`) may also be composed: it then calls those of its parts. So it is where no fused
+    implementation runs, where one is made for fewer rows, and where a part has been replaced.
 
     It cannot change: a captured CUDA graph would ignore a later swap. `replace` makes another.
     """
 
-    def __init__(self, chosen: Mapping[str, tuple[str, Implementation]]):
+    def __init__(self, chosen: Mapping[str, Choice]):
         assert chosen.keys() == OPS.keys()
-        for op, (_, implementation) in chosen.items():
-            object.__setattr__(self, op, implementation.function)
         object.__setattr__(self, "_chosen", MappingProxyType(dict(chosen)))
+        for op in OPS.values():
+            object.__setattr__(self, op.name, self._function(op))
+
+    def _function(self, op: Op) -> Callable:
+        name, implementation = self._chosen[op.name]
+        if implementation is None:
+            return op.compose(self)
+        if implementation.most_rows is None:
+            return implementation.function
+        if part := _that_prepares(op, self._chosen):
+            raise ValueError(
+                f"{op.name}={name!r} does not go with {part}={self._chosen[part][0]!r}, which computes its larger "
+                f"batches and wants weights in a layout of its own: choose another {part}, or {op.name}={COMPOSED!r}"
+            )
+        function, composition, most_rows = implementation.function, op.compose(self), implementation.most_rows
+
+        def run(x: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            return (function if len(x) <= most_rows else composition)(x, *rest, **options)
+
+        return run
 
     def __setattr__(self, name, value):
         raise AttributeError(f"a KernelSet cannot change; use kernels.replace({name}=...)")
@@ -71,47 +104,76 @@ class KernelSet:
         return MappingProxyType({op: name for op, (name, _) in self._chosen.items()})
 
     def prepare(self, op: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as the implementation of `op` wants it; the same tensor where that is the canonical layout."""
-        prepare = self._chosen[op][1].prepare
-        return weight if prepare is None else prepare(weight)
+        """The weight as what runs for `op` wants it; the same tensor where that is the canonical layout."""
+        implementation = self._chosen[op][1]
+        if implementation is None:
+            part = _that_prepares(OPS[op], self._chosen)
+            return weight if part is None else self.prepare(part, weight)
+        return weight if implementation.prepare is None else implementation.prepare(weight)
 
     @classmethod
     def default(cls, device: str | torch.device | None = None) -> KernelSet:
         """The preferred implementation of each operator that runs on `device` (default: the GPU if there is one)."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        names = {op.name: op.default(device) for op in OPS.values()}
-        return cls({op: (name, OPS[op].choose(name)) for op, name in names.items()})
+        chosen: dict[str, Choice] = {}
+        for op in OPS.values():
+            chosen[op.name] = _choose(op, COMPOSED if _that_prepares(op, chosen) else op.default(device))
+        return cls(chosen)
 
     @classmethod
     def reference(cls) -> KernelSet:
         """The plain PyTorch reference of every operator."""
-        return cls({op.name: (REFERENCE, op.choose(REFERENCE)) for op in OPS.values()})
+        return cls({op.name: _choose(op, REFERENCE) for op in OPS.values()})
 
     def replace(self, **swaps: str | Callable) -> KernelSet:
         """A KernelSet with some operators swapped, each for an implementation's name or for any callable.
 
+        A fused operator with a part among them is composed, so that the part runs, unless it is among them itself.
         A callable gets weights in their canonical layout. ValueError for an operator or an implementation that does not
-        exist, and for an operator that no engine runs.
+        exist, for an operator that no engine runs, and for a fused implementation beside a part that shares its weight
+        and wants it in another layout.
         """
         chosen = dict(self._chosen)
+        for op in OPS.values():
+            if not swaps.keys().isdisjoint(op.parts):
+                chosen[op.name] = _choose(op, COMPOSED)
         for op, swap in swaps.items():
             if op in STANDALONE:
                 raise ValueError(f"no engine runs the operator {op!r}; it runs {_IN_PLACE_OF[op]}")
             if op not in OPS:
                 raise ValueError(f"there is no operator {op!r}; there are: {', '.join(OPS)}")
             if isinstance(swap, str):
-                chosen[op] = (swap, OPS[op].choose(swap))
+                chosen[op] = _choose(OPS[op], swap)
             elif callable(swap):
                 chosen[op] = (getattr(swap, "__qualname__", repr(swap)), Implementation(swap))
             else:
                 raise ValueError(f"{op}={swap!r} is neither an implementation's name nor a callable")
         return KernelSet(chosen)
 
+    def wrapped(self, wrap: Callable[[str, Callable], Callable]) -> KernelSet:
+        """The same implementations, each called through wrap(its operator's name, its function)."""
+
+        def through(op: str, it: Implementation | None) -> Implementation | None:
+            return it and replace(it, function=wrap(op, it.function))
+
+        return KernelSet({op: (name, through(op, it)) for op, (name, it) in self._chosen.items()})
+
     def __str__(self) -> str:
         by_name: dict[str, list[str]] = {}
-        for op, name in self.names.items():
+        for op, (name, implementation) in self._chosen.items():
+            if implementation is not None and implementation.most_rows is not None:
+                name += f" (most_rows={implementation.most_rows}, else {COMPOSED})"
             by_name.setdefault(name, []).append(op)
         return "; ".join(f"{name}: {', '.join(ops)}" for name, ops in by_name.items())
 
     def __repr__(self) -> str:
         return f"KernelSet({self})"
+
+
+def _choose(op: Op, name: str) -> Choice:
+    return name, None if name == COMPOSED and op.parts else op.choose(name)
+
+
+def _that_prepares(op: Op, chosen: Mapping[str, Choice]) -> str | None:
+    """The part of a fused operator that wants its weight in another than the canonical layout."""
+    return next((part for part in op.parts if chosen[part][1].prepare is not None), None)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .dependent_launch import allow_next, dependent_launch, has_dependent_launch, wait_for_previous
+from .dependent_launch import allow_next, dependent_launch, wait_for_previous
 from .op import Case, Cost, Implementation, Op, needs_gpu
 
 
@@ -50,10 +50,84 @@ def _needs_onednn(device: torch.device) -> str | None:
 
 
 @triton.jit
+def _weight_tile(weight_row, inside, column, inputs, EVEN: tl.constexpr):
+    """Columns of the rows at `weight_row`; those past `inputs` are 0, and anything where all of them are past it."""
+    mask = inside[:, None] & (column < inputs)[None, :]
+    if EVEN:
+        return tl.load(weight_row + column[None, :], mask=mask, eviction_policy="evict_first")
+    return tl.load(weight_row + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def one_row_product(
+    x_ptr,
+    norm_weight_ptr,
+    eps,
+    weight_ptr,
+    weight_stride,
+    bias_ptr,
+    residual_ptr,
+    out,
+    inside,
+    inputs,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """x Wᵀ + bias + residual at the outputs `out` [BLOCK_OUT] for one x, or for its RMSNorm; what is None is left out.
+
+    By plain products: the matrix unit would idle on 15 rows of 16. A tile of weights is loaded while the one before is
+    multiplied, and the first before the wait, for weights do not depend on the kernel before. RMSNorm's factor is one
+    for all of x, so it comes last, when the squares are summed.
+    """
+    columns = tl.arange(0, BLOCK_IN)
+    weight_row = weight_ptr + out.to(tl.int64)[:, None] * weight_stride
+    weight = _weight_tile(weight_row, inside, columns, inputs, EVEN)
+    if norm_weight_ptr is not None:
+        norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < inputs, other=0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + out, mask=inside, other=0.0)
+    wait_for_previous(DEPENDENT)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + out, mask=inside, other=0.0)
+    acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+    squares = tl.zeros([BLOCK_IN], tl.float32)
+    for start in tl.range(0, inputs, BLOCK_IN, loop_unroll_factor=UNROLL):
+        ahead = start + BLOCK_IN + columns
+        weight_ahead = _weight_tile(weight_row, inside, ahead, inputs, EVEN)
+        if norm_weight_ptr is not None:
+            norm_weight_ahead = tl.load(norm_weight_ptr + ahead, mask=ahead < inputs, other=0.0)
+        # Without it ptxas loads the next tile when this one is used up, and nothing is under way meanwhile.
+        tl.debug_barrier()
+        column = start + columns
+        x = tl.load(x_ptr + column) if EVEN else tl.load(x_ptr + column, mask=column < inputs, other=0.0)
+        x = x.to(tl.float32)
+        if norm_weight_ptr is not None:
+            squares += x * x
+            x *= norm_weight.to(tl.float32)
+            norm_weight = norm_weight_ahead
+        acc += weight.to(tl.float32) * x[None, :]
+        weight = weight_ahead
+    y = tl.sum(acc, 1)
+    if norm_weight_ptr is not None:
+        y *= tl.rsqrt(tl.sum(squares, 0) / inputs + eps)
+    if bias_ptr is not None:
+        y += bias.to(tl.float32)
+    if residual_ptr is not None:
+        y += residual.to(tl.float32)
+    return y
+
+
+@triton.jit
 def _one_row_kernel(
     x_ptr,
+    norm_weight_ptr,
+    eps,
     weight_ptr,
     bias_ptr,
+    residual_ptr,
     y_ptr,
     outputs,
     inputs,
@@ -62,31 +136,45 @@ def _one_row_kernel(
     BLOCK_IN: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """BLOCK_OUT rows of the weight times one x, by plain products: the matrix unit would idle on 15 rows of 16."""
+    allow_next(DEPENDENT)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inside = out < outputs
-    columns = tl.arange(0, BLOCK_IN)
-    weight_row = weight_ptr + out.to(tl.int64)[:, None] * weight_stride
-    acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
-    for start in tl.range(0, inputs, BLOCK_IN, loop_unroll_factor=UNROLL):
-        column = start + columns
-        if EVEN:
-            x = tl.load(x_ptr + column)
-            weight = tl.load(weight_row + column[None, :], mask=inside[:, None], eviction_policy="evict_first")
-        else:
-            x = tl.load(x_ptr + column, mask=column < inputs, other=0.0)
-            weight = tl.load(
-                weight_row + column[None, :],
-                mask=inside[:, None] & (column < inputs)[None, :],
-                other=0.0,
-                eviction_policy="evict_first",
-            )
-        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
-    y = tl.sum(acc, 1)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + out, mask=inside, other=0.0).to(tl.float32)
+    y = one_row_product(
+        x_ptr,
+        norm_weight_ptr,
+        eps,
+        weight_ptr,
+        weight_stride,
+        bias_ptr,
+        residual_ptr,
+        out,
+        inside,
+        inputs,
+        BLOCK_OUT,
+        BLOCK_IN,
+        UNROLL,
+        EVEN,
+        DEPENDENT,
+    )
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _prefetch(weight_ptr, out, stride, first, inputs, COLUMNS: tl.constexpr):
+    """Has the columns from `first` on of the weight's rows `out` fetched into the L2, by sectors of 32 bytes."""
+    SECTOR: tl.constexpr = 256 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    column = tl.minimum(first + tl.arange(0, COLUMNS // SECTOR) * SECTOR, inputs - 1)
+    weight_row = weight_ptr + out.to(tl.int64)[:, None] * stride
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [weight_row + column[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -94,6 +182,7 @@ def _few_rows_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
+    residual_ptr,
     y_ptr,
     rows,
     outputs,
@@ -120,8 +209,13 @@ def _few_rows_kernel(
     weight_row = weight_ptr + out.to(tl.int64)[:, None] * weight_stride
     x_row = x_ptr + row[None, :] * x_stride
     steps = (inputs + BLOCK_IN - 1) // BLOCK_IN
+    first = steps * split // splits
+    if DEPENDENT:
+        # Triton moves the loads of a pipelined loop above a wait that is in it (triton issue 11905).
+        _prefetch(weight_ptr, tl.minimum(out, outputs - 1), weight_stride, first * BLOCK_IN, inputs, 2 * BLOCK_IN)
+    wait_for_previous(DEPENDENT)
     acc = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
-    for step in tl.range(steps * split // splits, steps * (split + 1) // splits, num_stages=STAGES):
+    for step in tl.range(first, steps * (split + 1) // splits, num_stages=STAGES):
         column = step * BLOCK_IN + columns
         if EVEN:
             weight = tl.load(weight_row + column[None, :], eviction_policy="evict_first")
@@ -138,42 +232,60 @@ def _few_rows_kernel(
         acc = tl.dot(weight, x, acc, input_precision="ieee")
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + out, mask=out < outputs, other=0.0).to(tl.float32)[:, None]
-    tl.store(
-        y_ptr + (split * rows + row[None, :]).to(tl.int64) * outputs + out[:, None],
-        acc.to(y_ptr.dtype.element_ty),
-        mask=(row < rows)[None, :] & (out < outputs)[:, None],
-    )
+    place = (split * rows + row[None, :]).to(tl.int64) * outputs + out[:, None]
+    inside = (row < rows)[None, :] & (out < outputs)[:, None]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + place, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _sum_kernel(
-    part_ptr, bias_ptr, y_ptr, outputs, size, BLOCK: tl.constexpr, SPLITS: tl.constexpr, DEPENDENT: tl.constexpr
+    part_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    outputs,
+    size,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """y = Σ part_i + bias, in the order of the splits."""
+    """y = Σ part_i + bias + residual, in the order of the splits."""
+    allow_next(DEPENDENT)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + place % outputs, mask=inside, other=0.0)
     wait_for_previous(DEPENDENT)
     y = tl.load(part_ptr + place, mask=inside, other=0.0)
     for split in tl.static_range(1, SPLITS):
         y += tl.load(part_ptr + split * size + place, mask=inside, other=0.0)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + place % outputs, mask=inside, other=0.0).to(tl.float32)
+        y += bias.to(tl.float32)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 SKINNY_ROWS = 64
 """More rows than these cuBLAS multiplies."""
 
-# The launches below are chosen for Qwen2-7B's five products in bfloat16 on an H200, which has 132 multiprocessors.
+# The launches below are for Qwen2's products in bfloat16 on an H200, which has 132 multiprocessors.
 # `python -m bench.tune linear` sweeps others; `python -m bench.kernels linear` times these beside cuBLAS.
 _MULTIPROCESSORS = 132
 
 
-def _one_row_launch(outputs: int) -> dict[str, int]:
-    """A warp for each output, or for two, where the first would be more programs than a GPU runs at once (32 each)."""
-    if outputs <= 32 * _MULTIPROCESSORS:
-        return {"BLOCK_OUT": 1, "BLOCK_IN": 256, "UNROLL": 1, "num_warps": 1}
-    return {"BLOCK_OUT": 2, "BLOCK_IN": 256, "UNROLL": 2, "num_warps": 1}
+def _one_row_launch(outputs: int, inputs: int) -> dict[str, int]:
+    """A warp for each output, or for two, where the first would be more programs than a GPU runs at once (32 each).
+
+    A short row is one tile, loaded by as many threads as have a 16-byte load each: it is there when x is.
+    """
+    if outputs > 32 * _MULTIPROCESSORS:
+        return {"BLOCK_OUT": 2, "BLOCK_IN": 256, "UNROLL": 2, "num_warps": 1}
+    if inputs <= 1024:
+        return {"BLOCK_OUT": 1, "BLOCK_IN": 1024, "UNROLL": 1, "num_warps": 4}
+    return {"BLOCK_OUT": 1, "BLOCK_IN": 512, "UNROLL": 2, "num_warps": 1}
 
 
 def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | None:
@@ -200,38 +312,85 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | N
     return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": splits, "STAGES": 5, "num_warps": 4}
 
 
+def check_product(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """ValueError where x is not [tokens, in] and weight [out, in] of one dtype."""
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: x is {list(x.shape)} and weight {list(weight.shape)}, not [tokens, in] and [out, in]"
+        )
+    if x.dtype != weight.dtype:
+        raise ValueError(f"{name}: x is {x.dtype} and weight {weight.dtype}")
+
+
 def skinny_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As `linear_reference`, in Triton for up to 64 rows, where reading the weight takes longer than the products.
 
     For more rows, and for the sizes where `_few_rows_launch` says that cuBLAS is faster, cuBLAS computes it. Equal
     inputs give equal bits. ValueError for shapes and dtypes that do not fit each other.
     """
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"linear: x is {list(x.shape)} and weight {list(weight.shape)}, not [tokens, in] and [out, in]"
-        )
-    if x.dtype != weight.dtype:
-        raise ValueError(f"linear: x is {x.dtype} and weight {weight.dtype}")
+    check_product("linear", x, weight)
+    y = skinny_product(x, weight, bias=bias)
+    return F.linear(x, weight, bias) if y is None else y
+
+
+def skinny_product(
+    x: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """y = x Wᵀ + bias + residual, rounded once from float32; None where it is cuBLAS that should compute it."""
     (rows, inputs), outputs = x.shape, weight.shape[0]
-    if rows > SKINNY_ROWS or x.stride(1) != 1 or weight.stride(1) != 1:
-        return F.linear(x, weight, bias)
-    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    contiguous = residual is None or residual.is_contiguous()
+    if rows > SKINNY_ROWS or x.stride(1) != 1 or weight.stride(1) != 1 or not contiguous:
+        return None
     if rows == 1:
-        launch = _one_row_launch(outputs)
-        even = inputs % launch["BLOCK_IN"] == 0
-        grid = (triton.cdiv(outputs, launch["BLOCK_OUT"]),)
-        _one_row_kernel[grid](x, weight, bias, y, outputs, inputs, weight.stride(0), EVEN=even, **launch)
-        return y
+        return one_row(x, weight, bias=bias, residual=residual, **_one_row_launch(outputs, inputs))
     launch = _few_rows_launch(rows, outputs, inputs)
     if launch is None:
-        return F.linear(x, weight, bias)
+        return None
+    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     if rows:
-        _few_rows(x, weight, bias, y, **launch)
+        _few_rows(x, weight, bias, residual, y, **launch)
+    return y
+
+
+def one_row(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    **launch: int,
+) -> torch.Tensor:
+    """y = x Wᵀ + bias + residual, or with a norm_weight rms_norm(x, norm_weight, eps) for x; x [1, in] → [1, out]"""
+    outputs, inputs = weight.shape
+    y = torch.empty(1, outputs, dtype=x.dtype, device=x.device)
+    _one_row_kernel[(triton.cdiv(outputs, launch["BLOCK_OUT"]),)](
+        x,
+        norm_weight,
+        eps,
+        weight,
+        bias,
+        residual,
+        y,
+        outputs,
+        inputs,
+        weight.stride(0),
+        EVEN=inputs % launch["BLOCK_IN"] == 0,
+        **launch,
+        **dependent_launch(x.device),
+    )
     return y
 
 
 def _few_rows(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, SPLITS: int, **launch: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+    SPLITS: int,
+    **launch: int,
 ) -> None:
     (rows, inputs), outputs = x.shape, weight.shape[0]
     whole = SPLITS == 1
@@ -240,6 +399,7 @@ def _few_rows(
         x,
         weight,
         bias if whole else None,
+        residual if whole else None,
         parts,
         rows,
         outputs,
@@ -248,13 +408,14 @@ def _few_rows(
         weight.stride(0),
         BLOCK_ROWS=max(16, triton.next_power_of_2(rows)),
         EVEN=outputs % launch["BLOCK_OUT"] == 0 and inputs % launch["BLOCK_IN"] == 0,
-        DEPENDENT=has_dependent_launch(x.device),
         **launch,
+        **dependent_launch(x.device),
     )
     if not whole:
         block = 512
-        _sum_kernel[(triton.cdiv(rows * outputs, block),)](
-            parts, bias, y, outputs, rows * outputs, BLOCK=block, SPLITS=SPLITS, **dependent_launch(x.device)
+        size = rows * outputs
+        _sum_kernel[(triton.cdiv(size, block),)](
+            parts, bias, residual, y, outputs, size, BLOCK=block, SPLITS=SPLITS, **dependent_launch(x.device)
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .measure import Measurement
 
 REFERENCE = "reference"
+COMPOSED = "composed"
 
 
 def runs_anywhere(device: torch.device) -> str | None:
@@ -42,6 +44,7 @@ class Implementation:
     unavailable: Callable[[torch.device], str | None] = runs_anywhere
     prepare: Callable[[torch.Tensor], torch.Tensor] | None = None
     refuses: Callable[..., str | None] | None = None
+    most_rows: int | None = None
 
 
 @dataclass(frozen=True, init=False)
@@ -82,6 +85,8 @@ class Op:
     large_cases:      sizes of real models, for a GPU; the ones worth timing
     dtypes:           those it computes in
     mutates:          names of the arguments that a call changes in place
+    parts:            of a fused operator, the operators that it is a composition of; its reference takes a function for
+                      each by that name, by default the part's reference
     """
 
     name: str
@@ -93,6 +98,11 @@ class Op:
     large_cases: tuple[Case, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
     mutates: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+
+    def compose(self, kernels: Any) -> Callable:
+        """A fused operator out of its parts, which are attributes of `kernels`, such as a KernelSet's."""
+        return partial(self.reference, **{part: getattr(kernels, part) for part in self.parts})
 
     def choose(self, name: str) -> Implementation:
         """The implementation called `name`; ValueError with the names there are."""
@@ -100,6 +110,7 @@ class Op:
             return Implementation(self.reference)
         if name not in self.implementations:
             known = ", ".join([*self.implementations, REFERENCE])
+            known += f", and in a KernelSet {COMPOSED}" if self.parts else ""
             raise ValueError(f"operator {self.name} has no implementation {name!r}; it has: {known}")
         return self.implementations[name]
 
@@ -108,8 +119,11 @@ class Op:
         return None if name == REFERENCE else self.implementations[name].unavailable(device)
 
     def default(self, device: torch.device) -> str:
-        """The name of the first implementation that can run on `device`, else the reference."""
-        return next((name for name in self.implementations if self.unavailable(name, device) is None), REFERENCE)
+        """The name of the first implementation that can run on `device`; else the reference, or for a fused operator
+        the composition of its parts.
+        """
+        otherwise = COMPOSED if self.parts else REFERENCE
+        return next((name for name in self.implementations if self.unavailable(name, device) is None), otherwise)
 
     def check(self, kernel: str | Callable, cases: Iterable[Case] | None = None, **options: Any) -> Report:
         """Is it right? `kernel` is an implementation's name or any callable; see `check.check` for the options."""

@@ -236,6 +236,7 @@ def _merge_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """Σ 2^(lse_i − lse) · part_i over the parts of a query head whose context is cut, PARTS at a time."""
+    allow_next(DEPENDENT)
     row = tl.program_id(0) // (KV_HEADS * GROUP)
     kv_head = tl.program_id(0) // GROUP % KV_HEADS
     head = tl.program_id(0) % GROUP

@@ -60,7 +60,7 @@ def parameter_sources(config: ModelConfig) -> dict[str, Shapes]:
     for layer in range(config.num_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
         attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
-        sources[f"{ours}.attention_norm"] = {f"{theirs}.input_layernorm.weight": (hidden,)}
+        sources[f"{ours}.attention.norm"] = {f"{theirs}.input_layernorm.weight": (hidden,)}
         sources[f"{ours}.attention.qkv_weight"] = {
             f"{attention}.{part}_proj.weight": (rows, hidden) for part, rows in heads.items()
         }
@@ -72,7 +72,7 @@ def parameter_sources(config: ModelConfig) -> dict[str, Shapes]:
             sources[f"{ours}.attention.q_norm"] = {f"{attention}.q_norm.weight": (head_dim,)}
             sources[f"{ours}.attention.k_norm"] = {f"{attention}.k_norm.weight": (head_dim,)}
         sources[f"{ours}.attention.o_weight"] = {f"{attention}.o_proj.weight": (hidden, heads["q"])}
-        sources[f"{ours}.mlp_norm"] = {f"{theirs}.post_attention_layernorm.weight": (hidden,)}
+        sources[f"{ours}.mlp.norm"] = {f"{theirs}.post_attention_layernorm.weight": (hidden,)}
         sources[f"{ours}.mlp.gate_up_weight"] = {
             f"{mlp}.{part}_proj.weight": (intermediate, hidden) for part in ("gate", "up")
         }

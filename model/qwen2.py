@@ -13,6 +13,15 @@ from .config import ModelConfig
 LayerCache = tuple[torch.Tensor, torch.Tensor]
 """A layer's keys and values: two of [blocks, block_size, kv_heads, head_dim]."""
 
+READ_BY = {
+    "qkv_weight": "norm_linear",
+    "o_weight": "linear_add",
+    "gate_up_weight": "norm_gate_up_swiglu",
+    "down_weight": "linear_add",
+    "head": "linear",
+}
+"""The operator that reads each projection's weight."""
+
 
 def _weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape), requires_grad=False)
@@ -22,6 +31,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, kernels: KernelSet):
         super().__init__()
         self.config, self.kernels = config, kernels
+        self.norm = _weight(config.hidden_size)
         width = config.head_dim * (config.num_heads + 2 * config.num_kv_heads)
         self.qkv_weight = _weight(width, config.hidden_size)
         self.qkv_bias = _weight(width) if config.qkv_bias else None
@@ -33,9 +43,11 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: LayerCache, where: AttentionMetadata
     ) -> torch.Tensor:
+        """x plus attention over its norm."""
         config, kernels = self.config, self.kernels
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        qkv = kernels.linear(x, self.qkv_weight, self.qkv_bias).view(-1, heads + 2 * kv_heads, config.head_dim)
+        qkv = kernels.norm_linear(x, self.norm, config.rms_norm_eps, self.qkv_weight, self.qkv_bias)
+        qkv = qkv.view(-1, heads + 2 * kv_heads, config.head_dim)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
         if config.qk_norm:
             q = kernels.rms_norm(q, self.q_norm, config.rms_norm_eps)
@@ -56,47 +68,34 @@ class Attention(nn.Module):
                 where.max_context_len,
                 self.scale,
             )
-        return kernels.linear(out.flatten(1), self.o_weight)
+        return kernels.linear_add(out.flatten(1), self.o_weight, x)
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig, kernels: KernelSet):
         super().__init__()
-        self.kernels = kernels
+        self.eps, self.kernels = config.rms_norm_eps, kernels
+        self.norm = _weight(config.hidden_size)
         self.gate_up_weight = _weight(2 * config.intermediate_size, config.hidden_size)
         self.down_weight = _weight(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate_up = self.kernels.linear(x, self.gate_up_weight)
-        return self.kernels.linear(self.kernels.swiglu(gate_up), self.down_weight)
+        """x plus the MLP of its norm."""
+        y = self.kernels.norm_gate_up_swiglu(x, self.norm, self.eps, self.gate_up_weight)
+        return self.kernels.linear_add(y, self.down_weight, x)
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, kernels: KernelSet):
         super().__init__()
-        self.eps, self.kernels = config.rms_norm_eps, kernels
-        self.attention_norm = _weight(config.hidden_size)
         self.attention = Attention(config, kernels)
-        self.mlp_norm = _weight(config.hidden_size)
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        cache: LayerCache,
-        where: AttentionMetadata,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x is what the layer before adds to the residual stream, None for the stream meaning that x begins it."""
-        if residual is None:
-            x, residual = self.kernels.rms_norm(x, self.attention_norm, self.eps), x
-        else:
-            x, residual = self.kernels.add_rms_norm(x, residual, self.attention_norm, self.eps)
-        x = self.attention(x, cos, sin, cache, where)
-        x, residual = self.kernels.add_rms_norm(x, residual, self.mlp_norm, self.eps)
-        return self.mlp(x), residual
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: LayerCache, where: AttentionMetadata
+    ) -> torch.Tensor:
+        """x [tokens, hidden], the residual stream, with what this layer adds to it."""
+        return self.mlp(self.attention(x, cos, sin, cache, where))
 
 
 class Qwen2(nn.Module):
@@ -116,14 +115,14 @@ class Qwen2(nn.Module):
 
     def prepare(self) -> None:
         """To be called once when the weights are there: makes the rotary table beside them, and puts each projection's
-        weight into the layout that the `linear` kernel wants. A tied head that needs another than the embedding's takes
-        memory of its own.
+        weight into the layout that the kernel wants which reads it. A tied head that needs another than the
+        embedding's takes memory of its own.
         """
         self.cos, self.sin = self.config.rope.table(self.config.head_dim, self.max_length, self.embedding.device)
         for module in self.modules():
-            for name in ("qkv_weight", "o_weight", "gate_up_weight", "down_weight", "head"):
+            for name, op in READ_BY.items():
                 if name in module._parameters:
-                    prepared = self.kernels.prepare("linear", getattr(module, name))
+                    prepared = self.kernels.prepare(op, getattr(module, name))
                     delattr(module, name)
                     setattr(module, name, prepared)
 
@@ -132,10 +131,10 @@ class Qwen2(nn.Module):
 
         token_ids [tokens] int64, one cache a layer → [tokens, hidden]
         """
-        x, residual = F.embedding(token_ids, self.embedding), None
+        x = F.embedding(token_ids, self.embedding)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x, residual = layer(x, residual, self.cos, self.sin, layer_cache, where)
-        return self.kernels.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
+            x = layer(x, self.cos, self.sin, layer_cache, where)
+        return self.kernels.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, hidden] → [rows, vocab] float32"""

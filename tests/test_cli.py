@@ -76,9 +76,13 @@ class TestGenerate:
         assert capsys.readouterr().out == expected[0].text + "\n"
 
     def test_a_kernel_is_swapped_and_named(self, folder, capsys):
-        options = ["--max-tokens", "2", "--kernel", "linear=reference"]
-        assert main(["generate", "--model", folder, *options, "hello"]) == 0
-        assert f"kernels: reference: {', '.join(OPS)}\n" in capsys.readouterr().err
+        options = ["--max-tokens", "2", "--kernel", "linear=reference", "--kernel", "norm_linear=reference"]
+        for swaps in (options, options[:2] + options[4:] + options[2:4]):  # in any order
+            assert main(["generate", "--model", folder, *swaps, "hello"]) == 0
+            composed = ["norm_gate_up_swiglu", "linear_add"]
+            others = [name for name in OPS if name not in composed]
+            text = f"kernels: reference: {', '.join(others)}; composed: {', '.join(composed)}\n"
+            assert text in capsys.readouterr().err
 
     @pytest.mark.parametrize("prompts, out", [(["hello"], ""), (["a", "b"], "--- a\n\n--- b\n\n")])
     def test_a_request_that_fails_is_told_and_ends_with_1(self, folder, tmp_path, capsys, prompts, out):

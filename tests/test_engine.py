@@ -627,18 +627,19 @@ def test_a_shape_without_weights_generates(reference, tmp_path):
         make_engine(tmp_path)
 
 
-def test_a_swapped_kernel_is_what_runs(folder):
+@pytest.mark.parametrize("kernels", [KernelSet.default("cpu"), KernelSet.reference()], ids=["composed", "fused"])
+def test_a_swapped_kernel_is_what_runs(folder, kernels):
     calls = []
 
     def counting(gate_up: torch.Tensor) -> torch.Tensor:
         calls.append(len(gate_up))
         return swiglu_reference(gate_up)
 
-    engine = make_engine(folder, kernels=KernelSet.default("cpu").replace(swiglu=counting))
+    engine = make_engine(folder, kernels=kernels.replace(swiglu=counting))
     (output,) = engine.generate(ids(5), max_tokens=3)
     assert output.token_ids == make_engine(folder).generate(ids(5), max_tokens=3)[0].token_ids
     assert calls == [5, 5, 1, 1, 1, 1]  # two layers: a prompt and two tokens
-    silent = make_engine(folder, kernels=KernelSet.default("cpu").replace(swiglu=lambda g: 0 * swiglu_reference(g)))
+    silent = make_engine(folder, kernels=kernels.replace(swiglu=lambda g: 0 * swiglu_reference(g)))
     assert silent.generate(ids(5), max_tokens=3)[0].token_ids != output.token_ids
 
 

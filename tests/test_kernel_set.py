@@ -8,11 +8,13 @@ from microvllm import KernelSet
 from microvllm.kernels.kernel_set import OPS, STANDALONE
 from microvllm.kernels.linear import linear_reference, onednn_linear
 from microvllm.kernels.op import Implementation, Op
+from microvllm.kernels.rms_norm import rms_norm_reference
+from microvllm.kernels.swiglu import swiglu_reference
 
 CPU = torch.device("cpu")
-NAMES = {
+FUSED = {"norm_linear", "norm_gate_up_swiglu", "linear_add"}
+NAMES = FUSED | {
     "rms_norm",
-    "add_rms_norm",
     "linear",
     "rotary_store_kv",
     "paged_attention",
@@ -41,7 +43,8 @@ def test_the_reference_set_runs_every_reference():
 
 def test_the_default_on_a_cpu_runs_what_can_run_there():
     kernels = KernelSet.default("cpu")
-    assert dict(kernels.names) == {name: "reference" for name in NAMES} | {"linear": "onednn"}
+    expected = dict.fromkeys(NAMES, "reference") | {"linear": "onednn"} | dict.fromkeys(FUSED, "composed")
+    assert dict(kernels.names) == expected
     assert kernels.linear is onednn_linear
     assert kernels.swiglu is OPS["swiglu"].reference
 
@@ -73,7 +76,7 @@ def test_replace_by_name_changes_one_operator_of_a_new_set():
     after = before.replace(linear="reference")
     assert (after.linear, after.names["linear"]) == (linear_reference, "reference")
     assert (before.linear, before.names["linear"]) == (onednn_linear, "onednn")
-    assert all(getattr(after, name) is getattr(before, name) for name in NAMES - {"linear"})
+    assert all(getattr(after, name) is getattr(before, name) for name in NAMES - FUSED - {"linear"})
 
 
 def test_replace_takes_any_callable_and_names_it():
@@ -92,9 +95,14 @@ def test_a_second_swap_keeps_the_first():
 @pytest.mark.parametrize(
     "swap, message",
     [
-        ({"rmsnorm": "reference"}, "there is no operator 'rmsnorm'; there are: rms_norm, add_rms_norm, linear"),
+        ({"rmsnorm": "reference"}, "there is no operator 'rmsnorm'; there are: rms_norm, linear"),
         ({"linear": "oneDNN"}, "operator linear has no implementation 'oneDNN'; it has: onednn, "),
         ({"swiglu": "Triton"}, "operator swiglu has no implementation 'Triton'; it has: triton, reference$"),
+        (
+            {"linear_add": "triton"},
+            "linear_add has no implementation 'triton'; it has: skinny, reference, and in a KernelSet composed$",
+        ),
+        ({"swiglu": "composed"}, "operator swiglu has no implementation 'composed'; it has: triton, reference$"),
         ({"swiglu": 3}, "swiglu=3 is neither an implementation's name nor a callable"),
     ],
 )
@@ -112,7 +120,7 @@ def test_the_swap_of_an_operator_that_no_engine_runs_names_the_one_that_it_runs(
 
 
 def test_triton_says_why_it_cannot_run_on_a_cpu():
-    for name in ("rms_norm", "add_rms_norm", "rotary_store_kv", "swiglu"):
+    for name in ("rms_norm", "norm_linear", "rotary_store_kv", "swiglu"):
         assert OPS[name].unavailable("triton", CPU) == "Triton compiles for a GPU"
 
 
@@ -129,9 +137,10 @@ def test_a_set_cannot_change():
 
 def test_its_text_says_what_runs_where():
     kernels = KernelSet.reference().replace(swiglu=doubled)
-    others = ", ".join(name for name in OPS if name != "swiglu")
-    assert str(kernels) == f"reference: {others}; doubled: swiglu"
+    others = ", ".join(name for name in OPS if name not in ("swiglu", "norm_gate_up_swiglu"))
+    assert str(kernels) == f"reference: {others}; doubled: swiglu; composed: norm_gate_up_swiglu"
     assert repr(kernels) == f"KernelSet({kernels})"
+    assert "; triton (most_rows=1, else composed): norm_linear" in str(kernels.replace(norm_linear="triton"))
 
 
 def test_a_weight_is_prepared_by_the_implementation_that_reads_it():
@@ -141,3 +150,98 @@ def test_a_weight_is_prepared_by_the_implementation_that_reads_it():
         torch.testing.assert_close(kernels.linear(x, kernels.prepare("linear", weight)), x @ weight.t())
     assert KernelSet.default("cpu").prepare("linear", weight).is_mkldnn
     assert KernelSet.default("cpu").replace(linear=lambda x, weight, bias=None: x).prepare("linear", weight) is weight
+
+
+class Recorder:
+    """Parts of a fused operator that note how they are called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def rms_norm(self, x, weight, eps):
+        self.calls.append("rms_norm")
+        return rms_norm_reference(x, weight, eps)
+
+    def linear(self, x, weight, bias=None):
+        self.calls.append("linear")
+        return linear_reference(x, weight, bias)
+
+    def swiglu(self, gate_up):
+        self.calls.append("swiglu")
+        return swiglu_reference(gate_up)
+
+
+def inputs(name, case):
+    return OPS[name].inputs(**case, dtype=torch.float32, device=CPU, generator=torch.Generator().manual_seed(0))
+
+
+CALLS = {
+    "norm_linear": {"tokens": 3, "outputs": 4, "inputs": 8, "bias": True},
+    "norm_gate_up_swiglu": {"tokens": 3, "intermediate": 4, "inputs": 8},
+    "linear_add": {"rows": 3, "outputs": 4, "inputs": 8},
+}
+
+
+@pytest.mark.parametrize("name", sorted(FUSED))
+def test_a_fused_operator_is_composed_of_the_parts_of_its_set(name):
+    op, recorder = OPS[name], Recorder()
+    kernels = KernelSet.reference().replace(**{part: getattr(recorder, part) for part in op.parts})
+    assert kernels.names[name] == "composed"
+    call = inputs(name, CALLS[name])
+    torch.testing.assert_close(getattr(kernels, name)(*call.values()), op.reference(**call))
+    assert recorder.calls == list(op.parts)
+    left = {fused for fused in FUSED if set(OPS[fused].parts).isdisjoint(op.parts)}
+    assert {fused for fused in FUSED if kernels.names[fused] == "reference"} == left
+
+
+def test_a_replaced_part_leaves_the_fused_operators_without_it():
+    names = KernelSet.reference().replace(rms_norm=rms_norm_reference).names
+    assert (names["norm_linear"], names["norm_gate_up_swiglu"], names["linear_add"]) == (
+        "composed",
+        "composed",
+        "reference",
+    )
+
+
+def test_a_fused_operator_that_is_chosen_with_its_part_is_what_runs():
+    def mine(x, norm_weight, eps, weight, bias=None):
+        return x
+
+    kernels = KernelSet.reference().replace(rms_norm=Recorder().rms_norm, norm_linear=mine)
+    assert kernels.norm_linear is mine and kernels.names["norm_gate_up_swiglu"] == "composed"
+    assert kernels.replace(swiglu=doubled).norm_linear is mine
+    assert kernels.replace(rms_norm="reference").names["norm_linear"] == "composed"
+    assert KernelSet.reference().replace(norm_linear="composed").names["norm_linear"] == "composed"
+
+
+def test_more_rows_than_a_fused_kernel_is_made_for_are_composed(monkeypatch):
+    op = OPS["norm_linear"]
+    calls = []
+    one_row = Implementation(lambda x, *rest: calls.append(len(x)) or op.reference(x, *rest), most_rows=1)
+    monkeypatch.setitem(op.implementations, "triton", one_row)
+    recorder = Recorder()
+    kernels = KernelSet.reference().replace(rms_norm=recorder.rms_norm, norm_linear="triton")
+    for tokens, composed in ((0, []), (1, []), (2, ["rms_norm"]), (9, ["rms_norm"])):
+        call = inputs("norm_linear", CALLS["norm_linear"] | {"tokens": tokens})
+        torch.testing.assert_close(kernels.norm_linear(*call.values()), op.reference(**call))
+        assert recorder.calls == composed, tokens
+        recorder.calls.clear()
+    assert calls == [0, 1]
+
+
+def test_weights_of_a_fused_operator_are_prepared_as_what_runs_reads_them():
+    weight = torch.randn(8, 8)
+    kernels = KernelSet.default("cpu")
+    for name in FUSED:
+        assert kernels.prepare(name, weight).is_mkldnn
+        assert kernels.replace(linear="reference").prepare(name, weight) is weight
+        assert kernels.replace(**{name: "reference"}).prepare(name, weight) is weight
+        call = inputs(name, CALLS[name])
+        prepared = call | {"weight": kernels.prepare(name, call["weight"])}
+        torch.testing.assert_close(getattr(kernels, name)(*prepared.values()), OPS[name].reference(**call))
+
+
+def test_a_fused_kernel_and_a_part_that_want_one_weight_in_two_layouts_are_refused():
+    with pytest.raises(ValueError, match="norm_linear='triton' does not go with linear='onednn', which computes"):
+        KernelSet.default("cpu").replace(norm_linear="triton")
+    assert KernelSet.default("cpu").replace(norm_linear="triton", linear="skinny").names["norm_linear"] == "triton"

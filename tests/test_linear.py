@@ -23,7 +23,7 @@ def test_every_launch_gives_the_same_function(monkeypatch, rows, outputs, inputs
 
 @pytest.mark.parametrize("outputs", [3584, 152064])
 def test_every_launch_for_one_row_gives_the_same_function(monkeypatch, outputs):
-    launch = linear._one_row_launch(outputs)
+    launch = linear._one_row_launch(outputs, 3584)
     monkeypatch.setattr(linear, "_one_row_launch", lambda *sizes: launch)
     report = linear.OP.check("skinny", [Case(rows=1, outputs=11, inputs=1160, bias=True)], dtypes=[torch.float32])
     assert report.ok, f"\n{report}"

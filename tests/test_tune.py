@@ -12,6 +12,8 @@ SMALL = {
     "prefill_attention": Case(prompts=1, query=17, heads=2, kv_heads=2, head_dim=64, block_size=16),
     "_one_row_launch": Case(rows=1, outputs=5, inputs=264),
     "_few_rows_launch": Case(rows=3, outputs=70, inputs=1160),
+    "norm_linear": Case(tokens=1, outputs=5, inputs=264),
+    "norm_gate_up_swiglu": Case(tokens=1, intermediate=5, inputs=264),
     "rms_norm": Case(tokens=3, hidden=37),
     "swiglu": Case(tokens=3, intermediate=96),
 }
