@@ -80,9 +80,7 @@ def _kernel(
 
 
 def _launch(intermediate: int, inputs: int) -> dict[str, int]:
-    """A warp for a gate and its up; BLOCK_OUT counts the pairs. For a short row as for `linear`."""
-    if inputs <= 1024:
-        return {"BLOCK_OUT": 2, "BLOCK_IN": 1024, "UNROLL": 1, "num_warps": 4}
+    """A warp for a gate and its up; BLOCK_OUT counts the pairs."""
     return {"BLOCK_OUT": 1, "BLOCK_IN": 256, "UNROLL": 2, "num_warps": 1}
 
 

@@ -309,6 +309,7 @@ def test_what_is_not_installed_says_so(package, monkeypatch):
     assert {peer.name for peers in PEERS.values() for peer in peers if peer.unavailable() is None} == {
         "cuBLAS",
         "torch.compile",
+        "unfused",
     }
 
 
