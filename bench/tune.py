@@ -88,7 +88,8 @@ def _attention(sizes: range, *cuts: tuple[int, int]) -> Sweep:
 def _few_rows() -> tuple[Launch, ...]:
     tiles = ((64, 64, 4, 4), (64, 64, 5, 4), (64, 128, 3, 4), (64, 128, 5, 4), (128, 64, 3, 8), (128, 128, 4, 8))
     names = ("BLOCK_OUT", "BLOCK_IN", "STAGES", "num_warps")
-    return tuple(dict(zip(names, tile, strict=True)) | {"SPLITS": n} for tile in tiles for n in (1, 2, 4, 5, 7))
+    cuts = grid(SPLITS=(1, 2, 4, 5, 7), EARLY=(False, True))
+    return tuple(dict(zip(names, tile, strict=True)) | cut for tile in tiles for cut in cuts)
 
 
 def _one_row() -> tuple[Launch, ...]:

@@ -271,21 +271,26 @@ def _sum_kernel(
 SKINNY_ROWS = 64
 """More rows than these cuBLAS multiplies."""
 
-# The launches below are for Qwen2's products in bfloat16 on an H200, which has 132 multiprocessors.
+# The launches below are for Qwen2's products in bfloat16 on an H100 or H200, which have 132 multiprocessors.
 # `python -m bench.tune linear` sweeps others; `python -m bench.kernels linear` times these beside cuBLAS.
 _MULTIPROCESSORS = 132
 
 
 def _one_row_launch(outputs: int, inputs: int) -> dict[str, int]:
-    """A warp for each output, or for two, where the first would be more programs than a GPU runs at once (32 each).
+    """Outputs and inputs of a tile, and warps. An output's whole row goes to one program.
 
-    A short row is one tile, loaded by as many threads as have a 16-byte load each: it is there when x is.
+    A short row is one tile, loaded by as many threads as have a 16-byte load each: it is there when x is. Where there
+    are more programs than a GPU runs at once (32 one-warp programs a multiprocessor), a program takes several outputs.
     """
-    if outputs > 32 * _MULTIPROCESSORS:
-        return {"BLOCK_OUT": 2, "BLOCK_IN": 256, "UNROLL": 2, "num_warps": 1}
     if inputs <= 1024:
+        if outputs > 32 * _MULTIPROCESSORS:
+            return {"BLOCK_OUT": 4, "BLOCK_IN": 256, "UNROLL": 2, "num_warps": 1}
         return {"BLOCK_OUT": 1, "BLOCK_IN": 1024, "UNROLL": 1, "num_warps": 4}
-    return {"BLOCK_OUT": 1, "BLOCK_IN": 512, "UNROLL": 2, "num_warps": 1}
+    if inputs >= 8192:
+        return {"BLOCK_OUT": 1, "BLOCK_IN": 512, "UNROLL": 4, "num_warps": 1}
+    if 2048 <= outputs <= 8192:
+        return {"BLOCK_OUT": 2, "BLOCK_IN": 512, "UNROLL": 2, "num_warps": 1}
+    return {"BLOCK_OUT": 1, "BLOCK_IN": 1024, "UNROLL": 2, "num_warps": 2}
 
 
 def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | None:
@@ -293,23 +298,28 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | N
 
     The splits give every multiprocessor something to read: two or three programs each for up to 16 rows, one for more,
     whose tiles of x leave room for no second.
+
+    EARLY: whether it is a dependent launch. Waiting programs take the place of those that still read, which costs more
+    than it gains where programs are many and long: 3 µs at 8 × 3584 × 3584, where two programs share a tile of 64
+    outputs it gains 1.5 (`python -m bench.kernels linear` on an H100).
     """
     tiles = triton.cdiv(outputs, 64)
     if rows <= 16:
         if tiles >= 2 * _MULTIPROCESSORS:
-            return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": 1, "STAGES": 3, "num_warps": 4}
+            return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": 1, "STAGES": 3, "num_warps": 4, "EARLY": False}
         if tiles >= _MULTIPROCESSORS:
             return None
         splits = max(1, min(triton.cdiv(320, tiles), inputs // 128, 8))
         if inputs >= 8192:
-            return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": splits, "STAGES": 3, "num_warps": 4}
-        return {"BLOCK_OUT": 64, "BLOCK_IN": 64, "SPLITS": splits, "STAGES": 4, "num_warps": 4}
+            return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": splits, "STAGES": 3, "num_warps": 4, "EARLY": False}
+        short = inputs <= 4 * 64 * splits
+        return {"BLOCK_OUT": 64, "BLOCK_IN": 64, "SPLITS": splits, "STAGES": 4, "num_warps": 4, "EARLY": short}
     if tiles >= 2 * _MULTIPROCESSORS:
-        return {"BLOCK_OUT": 128, "BLOCK_IN": 64, "SPLITS": 1, "STAGES": 3, "num_warps": 8}
+        return {"BLOCK_OUT": 128, "BLOCK_IN": 64, "SPLITS": 1, "STAGES": 3, "num_warps": 8, "EARLY": False}
     splits = min(_MULTIPROCESSORS // tiles, inputs // 256)
     if tiles * splits < 0.75 * _MULTIPROCESSORS:
         return None
-    return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": splits, "STAGES": 5, "num_warps": 4}
+    return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": splits, "STAGES": 5, "num_warps": 4, "EARLY": True}
 
 
 def check_product(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -390,6 +400,7 @@ def _few_rows(
     residual: torch.Tensor | None,
     y: torch.Tensor,
     SPLITS: int,
+    EARLY: bool,
     **launch: int,
 ) -> None:
     (rows, inputs), outputs = x.shape, weight.shape[0]
@@ -409,7 +420,7 @@ def _few_rows(
         BLOCK_ROWS=max(16, triton.next_power_of_2(rows)),
         EVEN=outputs % launch["BLOCK_OUT"] == 0 and inputs % launch["BLOCK_IN"] == 0,
         **launch,
-        **dependent_launch(x.device),
+        **(dependent_launch(x.device) if EARLY else {"DEPENDENT": False}),
     )
     if not whole:
         block = 512

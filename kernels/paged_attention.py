@@ -287,7 +287,7 @@ def _launch(items: int, bytes_per_head: int) -> dict[str, int]:
     """
     if items <= 64:
         launch = {"chunks": min(64 * items, 384), "MIN_CHUNK": 32 if items <= 8 else 64, "TILE": 32, "STAGES": 3}
-    elif items <= 256:
+    elif items < 256:
         launch = {"chunks": 420, "MIN_CHUNK": 256, "TILE": 64, "STAGES": 2}
     else:
         launch = {"chunks": 0, "MIN_CHUNK": 64, "TILE": 64, "STAGES": 2}
