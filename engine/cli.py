@@ -88,6 +88,9 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="OP=NAME",
         help=f"run an operator by another implementation, e.g. linear=reference; the operators: {', '.join(OPS)}",
     )
+    parser.add_argument(
+        "--enforce-eager", action="store_true", help="launch decodes kernel by kernel on a GPU, not as CUDA graphs"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no start-up line")
 
 
@@ -133,6 +136,7 @@ def _engine(options: argparse.Namespace) -> InferenceEngine:
         device=options.device,
         dtype=options.dtype,
         max_model_len=options.max_model_len,
+        enforce_eager=options.enforce_eager,
         progress=not options.quiet,
     )
 
