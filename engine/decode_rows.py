@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import replace
 
@@ -37,19 +38,20 @@ class DecodeRows:
         self._held: list[tuple[int, int, int]] = []  # (id, preemptions, tokens) of each row's sequence in the last step
         self._num_blocks: list[int] = []
 
-    def hold(self, seqs: Many[Sequence], size: int, pending: torch.Tensor | None) -> None:
+    def hold(self, seqs: Many[Sequence], size: int, newest: Callable[[], torch.Tensor]) -> None:
         """Row i of the next step is seqs[i], computing its last token; rows from there to `size` are padded.
 
-        pending [len(seqs)] int64, on the device: the last token of each whose `token_ids` lack it, None where none do
+        newest: gives the last tokens [len(seqs)] int64, on the device, that the sequences' `token_ids` lack; it is
+                called where rows are written anew and one lacks its token
         """
         if [(seq.id, seq.num_preemptions, seq.num_tokens - 1) for seq in seqs] == self._held:
             self._extend(seqs)
         else:
-            self._compose(seqs, size, pending)
+            self._compose(seqs, size, newest)
         self._held = [(seq.id, seq.num_preemptions, seq.num_tokens) for seq in seqs]
         self._num_blocks = [len(seq.block_table) for seq in seqs]
 
-    def _compose(self, seqs: Many[Sequence], size: int, pending: torch.Tensor | None) -> None:
+    def _compose(self, seqs: Many[Sequence], size: int, newest: Callable[[], torch.Tensor]) -> None:
         contexts = [seq.num_tokens for seq in seqs]
         places = [divmod(n - 1, self.block_size) for n in contexts]
         slots = [s.block_table[block] * self.block_size + i for s, (block, i) in zip(seqs, places, strict=True)]
@@ -68,7 +70,7 @@ class DecodeRows:
         if not all(known):
             known = to_device(known, torch.bool, self.device)
             # A row without a token has ended, and whatever it computes now is not used.
-            self.tokens[: len(seqs)] = torch.where(known, self.tokens[: len(seqs)], pending.clamp(min=0))
+            self.tokens[: len(seqs)] = torch.where(known, self.tokens[: len(seqs)], newest().clamp(min=0))
 
     def _extend(self, seqs: Many[Sequence]) -> None:
         """Enters the blocks that sequences got for the token they compute now, which is the first in its block."""

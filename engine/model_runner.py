@@ -10,7 +10,6 @@ import torch
 
 from ..model.attention_metadata import AttentionMetadata
 from ..model.logprobs import Logprobs, TokenLogprobs
-from ..model.penalties import adjusts
 from ..model.qwen2 import LayerCache, Qwen2
 from ..model.sampler import Draw, Sampler
 from ..model.sampling_columns import SamplingColumns
@@ -85,31 +84,31 @@ class ModelRunner:
         previous: the step before, where its tokens may not be known to the host yet
         """
         draws, prompt_logprobs = [], {}
-        newest = None
-        if any(len(seq.token_ids) < seq.num_tokens for seq in batch.sampled):
-            newest = previous.tokens_of(batch.sampled)
         num_prefilled = len(batch.sampled) - len(batch.decodes)
         if batch.chunks:
             hidden, ends = self._prefill(batch.chunks)
             if num_prefilled:
                 last = [end - 1 for c, end in zip(batch.chunks, ends, strict=True) if c.end == c.seq.num_tokens]
                 logits = self.model.logits(hidden[to_device(last, torch.int64, self.device)])
-                rows = batch.sampled[:num_prefilled]
-                draws.append(self.sampler(logits, rows, None if newest is None else newest[:num_prefilled]))
+                draws.append(self.sampler(logits, batch.sampled[:num_prefilled]))
             for chunk, end in zip(batch.chunks, ends, strict=True):
                 if chunk.seq.params.prompt_logprobs is not None:
                     prompt_logprobs[chunk.seq.id] = self._prompt_logprobs(chunk, hidden[end - chunk.length : end])
         if batch.decodes:
-            draws.append(self._decode(batch.decodes, None if newest is None else newest[num_prefilled:]))
+            draws.append(self._decode(batch.decodes, previous))
         return Step(batch, draws, prompt_logprobs)
 
-    def _decode(self, seqs: list[Sequence], newest: torch.Tensor | None) -> Draw:
-        """newest [len(seqs)] int64: the last token of each whose `token_ids` lack it"""
+    def _decode(self, seqs: list[Sequence], previous: Step | None) -> Draw:
         rows, count = self.rows, len(seqs)
+
+        def newest() -> torch.Tensor:
+            """[count] int64: the last token of each whose `token_ids` lack it"""
+            return previous.tokens_of(seqs)
+
         rows.hold(seqs, self._size(count), newest)
         logits, drawn = self._compute_rows(seqs)
         draw = self.sampler.settle(logits[:count], drawn[:count].clone(), seqs, newest)
-        if any(map(adjusts, seqs)):
+        if draw.redrawn:
             rows.tokens[:count] = draw.tokens.clamp(min=0)
         return draw
 

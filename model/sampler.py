@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,10 +15,13 @@ from .transfer import HostCopy, to_device
 
 
 class Draw:
-    """Tokens that the device is drawing: `tokens` [rows] int64, −1 where a row's logits are not numbers."""
+    """Tokens that the device is drawing: `tokens` [rows] int64, −1 where a row's logits are not numbers.
 
-    def __init__(self, tokens: torch.Tensor, logits: torch.Tensor, rows: Sequence[SamplingRow]):
-        self.tokens = tokens
+    redrawn: whether some were drawn twice, the second time from other logits than the model's
+    """
+
+    def __init__(self, tokens: torch.Tensor, logits: torch.Tensor, rows: Sequence[SamplingRow], *, redrawn: bool):
+        self.tokens, self.redrawn = tokens, redrawn
         self._copy = HostCopy(tokens)
         self._counts = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
         if self._counts:
@@ -42,13 +45,10 @@ class Sampler:
     def __init__(self, kernels: KernelSet):
         self.kernels = kernels
 
-    def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tensor | None = None) -> Draw:
-        """logits [rows, vocab] float32, left unchanged
-
-        newest [rows] int64, on the device: the last token of each row whose `token_ids` lack it; None where none do
-        """
+    def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Draw:
+        """logits [rows, vocab] float32, left unchanged; every row's `token_ids` hold all its tokens"""
         columns = SamplingColumns.of(rows, logits.shape[1], logits.device)
-        return self.settle(logits, self.draw(logits, columns), rows, newest)
+        return self.settle(logits, self.draw(logits, columns), rows)
 
     def draw(self, logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
         """Tokens [rows] int64 from the logits as they are; −1 where they are not numbers. A CUDA graph can hold it."""
@@ -63,16 +63,18 @@ class Sampler:
         logits: torch.Tensor,
         tokens: torch.Tensor,
         rows: Sequence[SamplingRow],
-        newest: torch.Tensor | None = None,
+        newest: Callable[[], torch.Tensor] | None = None,
     ) -> Draw:
         """Draws again, in place, where a row asks for other logits than the model's, and reports what rows ask for.
 
-        tokens [rows] int64, from `draw`; the others as in `__call__`
+        logits [rows, vocab] float32, left unchanged; tokens [rows] int64, from `draw`
+        newest: gives the last tokens [rows] int64, on the device, that rows' `token_ids` lack
         """
         again = [i for i, row in enumerate(rows) if adjusts(row)]
         if again:
             index = to_device(again, torch.int64, logits.device)
             chosen = [rows[i] for i in again]
-            adjusted = adjust(logits[index], chosen, None if newest is None else newest[index])
+            behind = any(len(row.token_ids) < row.num_tokens for row in chosen)
+            adjusted = adjust(logits[index], chosen, newest()[index] if behind else None)
             tokens[index] = self.draw(adjusted, SamplingColumns.of(chosen, logits.shape[1], logits.device))
-        return Draw(tokens, logits, rows)
+        return Draw(tokens, logits, rows, redrawn=bool(again))

@@ -83,7 +83,7 @@ def test_a_step_behind_draws_what_an_engine_in_step_draws(graphs):
 
 def test_whatever_joins_ends_is_aborted_or_preempted(graphs):
     """A random life: every text has its length, every block comes back, and no row shows another's token."""
-    engine = make_engine(num_blocks=12, max_batch_size=16)
+    engine = make_engine(block_size=16, num_blocks=60, max_batch_size=16)
     rng, left, lengths, outputs = random.Random(1), prompts(40, 100, 400), {}, {}
     while left or engine.has_work:
         for _ in range(rng.randint(0, 2)):
