@@ -60,8 +60,8 @@ def _weight_tile(weight_row, inside, column, inputs, EVEN: tl.constexpr):
 
 @triton.jit
 def first_tile(weight_row, norm_weight_ptr, inside, inputs, BLOCK_IN: tl.constexpr, EVEN: tl.constexpr):
-    """The first columns of the weights and of the norm's: what `tile_sums` begins with, loaded before the wait, for
-    weights do not depend on the kernel before.
+    """The first columns of the weights and of the norm's: what `product_from` begins with. They are loaded before the
+    wait, for weights do not depend on the kernel before.
     """
     column = tl.arange(0, BLOCK_IN)
     weight = _weight_tile(weight_row, inside, column, inputs, EVEN)
@@ -72,12 +72,13 @@ def first_tile(weight_row, norm_weight_ptr, inside, inputs, BLOCK_IN: tl.constex
 
 
 @triton.jit
-def tile_sums(
-    x_ptr,
-    norm_weight_ptr,
-    weight_row,
+def product_from(
     weight,
     norm_weight,
+    x_ptr,
+    norm_weight_ptr,
+    eps,
+    weight_row,
     inside,
     inputs,
     BLOCK_OUT: tl.constexpr,
@@ -85,10 +86,10 @@ def tile_sums(
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """The products [BLOCK_OUT, BLOCK_IN], with the norm's weight, and the squares [BLOCK_IN], summed tile by tile.
+    """x Wᵀ [BLOCK_OUT] in float32 for one x, or for its RMSNorm where there is a norm_weight_ptr, from `first_tile` on.
 
     By plain products: the matrix unit would idle on 15 rows of 16. A tile of weights is loaded while the one before is
-    multiplied.
+    multiplied. RMSNorm's factor is one for all of x, so it comes last, when the squares are summed.
     """
     columns = tl.arange(0, BLOCK_IN)
     acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
@@ -109,13 +110,10 @@ def tile_sums(
             norm_weight = norm_weight_ahead
         acc += weight.to(tl.float32) * x[None, :]
         weight = weight_ahead
-    return acc, squares
-
-
-@triton.jit
-def normed(acc, squares, inputs, eps):
-    """The product from its `tile_sums`: RMSNorm's factor is one for all of x, so it comes last."""
-    return tl.sum(acc, 1) * tl.rsqrt(tl.sum(squares, 0) / inputs + eps)
+    y = tl.sum(acc, 1)
+    if norm_weight_ptr is not None:
+        y *= tl.rsqrt(tl.sum(squares, 0) / inputs + eps)
+    return y
 
 
 @triton.jit
@@ -144,10 +142,9 @@ def one_row_product(
     wait_for_previous(DEPENDENT)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + out, mask=inside, other=0.0)
-    acc, squares = tile_sums(
-        x_ptr, norm_weight_ptr, weight_row, weight, norm_weight, inside, inputs, BLOCK_OUT, BLOCK_IN, UNROLL, EVEN
+    y = product_from(
+        weight, norm_weight, x_ptr, norm_weight_ptr, eps, weight_row, inside, inputs, BLOCK_OUT, BLOCK_IN, UNROLL, EVEN
     )
-    y = tl.sum(acc, 1) if norm_weight_ptr is None else normed(acc, squares, inputs, eps)
     if bias_ptr is not None:
         y += bias.to(tl.float32)
     if residual_ptr is not None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from . import norm_linear
 from . import rotary_store_kv as rotary_store
 from .dependent_launch import allow_next, dependent_launch, wait_for_previous
-from .linear import first_tile, linear_reference, normed, tile_sums
+from .linear import first_tile, linear_reference, product_from
 from .norm_linear import check_norm_product, refuse_rows
 from .op import Case, Cost, Implementation, Op, needs_gpu
 from .rms_norm import rms_norm_reference
@@ -97,26 +97,35 @@ def _kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + out, mask=inside, other=0.0)
 
-    # Three latencies hide behind others: the position's and the slot's behind x's, and that of cos and sin, which needs
-    # the position, behind the sums across threads.
-    wait_for_previous(DEPENDENT)
-    position = tl.load(positions_ptr).to(tl.int64)
-    slot = tl.load(slots_ptr)
-    acc, squares = tile_sums(
-        x_ptr, norm_weight_ptr, weight_row, weight, norm_weight, inside, inputs, 2 * BLOCK_OUT, BLOCK_IN, UNROLL, EVEN
-    )
     pair = first + tl.arange(0, BLOCK_OUT)
     head, column = pair // HALF, pair % HALF
     rotated = head < HEADS + KV_HEADS
-    cos = tl.load(cos_ptr + position * HALF + column, mask=rotated, other=1.0)
+    # The slot comes before x though the stores alone need it, and so do cos and sin, which wait for the position: they
+    # are there when the product is done.
+    wait_for_previous(DEPENDENT)
+    position = tl.load(positions_ptr).to(tl.int64)
+    slot = tl.load(slots_ptr)
+    cos = tl.load(cos_ptr + position * HALF + column, mask=rotated, other=1.0)  # v is turned by no angle
     sin = tl.load(sin_ptr + position * HALF + column, mask=rotated, other=0.0)
-    y = normed(acc, squares, inputs, eps)
+    y = product_from(
+        weight,
+        norm_weight,
+        x_ptr,
+        norm_weight_ptr,
+        eps,
+        weight_row,
+        inside,
+        inputs,
+        2 * BLOCK_OUT,
+        BLOCK_IN,
+        UNROLL,
+        EVEN,
+    )
     if bias_ptr is not None:
         y += bias.to(tl.float32)
 
     low, high = tl.split(tl.reshape(y, [BLOCK_OUT, 2]))
-    low_rotated, high_rotated = rotate(low, high, cos, sin)
-    low, high = tl.where(rotated, low_rotated, low), tl.where(rotated, high_rotated, high)
+    low, high = rotate(low, high, cos, sin)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     k_target = k_cache_ptr + block * k_cache_stride_block + offset * k_cache_stride_token
     v_target = v_cache_ptr + block * v_cache_stride_block + offset * v_cache_stride_token
@@ -255,11 +264,9 @@ OP = Op(
     cost=cost,
     cases=(
         Case(tokens=1, heads=3, kv_heads=1, head_dim=2, inputs=2048, block_size=1, bias=True),
-        Case(tokens=1, heads=7, kv_heads=1, head_dim=64, inputs=64, block_size=16, bias=True),
-        Case(tokens=1, heads=5, kv_heads=1, head_dim=80, inputs=40, block_size=3),
-        Case(tokens=1, heads=2, kv_heads=2, head_dim=96, inputs=128, block_size=16, bias=True, heads_first=True),
-        Case(tokens=1, heads=2, kv_heads=1, head_dim=128, inputs=1000, block_size=256),
-        Case(tokens=1, heads=1, kv_heads=1, head_dim=256, inputs=64, block_size=32),
+        Case(tokens=1, heads=1, kv_heads=1, head_dim=64, inputs=64, block_size=16, bias=True),
+        Case(tokens=1, heads=1, kv_heads=1, head_dim=80, inputs=40, block_size=3),
+        Case(tokens=1, heads=2, kv_heads=2, head_dim=10, inputs=1000, block_size=16, bias=True, heads_first=True),
         Case(tokens=1, heads=2, kv_heads=1, head_dim=6, inputs=1288, block_size=5, bias=True, padded=1),
         Case(tokens=3, heads=4, kv_heads=2, head_dim=8, inputs=64, block_size=16, bias=True, padded=1),
         Case(tokens=0, heads=4, kv_heads=2, head_dim=8, inputs=64, block_size=16),
