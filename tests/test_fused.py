@@ -109,6 +109,18 @@ def test_positions_in_int32_are_taken():
     torch.testing.assert_close(call["v_cache"][1, 1], torch.full((1, 2), 8.0))
 
 
+def test_an_engine_with_the_fused_qkv_kernel_writes_the_same_text(tmp_path):
+    """Prompts of several tokens, which are composed, and decodes of one and of two."""
+    save_folder(tmp_path, eos_token_id=None)
+    texts = []
+    for swaps in ({}, {"norm_qkv_rotary_store_kv": "triton"}):
+        kernels = KernelSet.reference().replace(**swaps)
+        engine = InferenceEngine(str(tmp_path), kernels=kernels, device="cpu", num_blocks=8, progress=False)
+        outputs = engine.generate([1, 2, 3], max_tokens=6) + engine.generate([[4, 5], [6, 7, 8]], max_tokens=4)
+        texts.append([output.token_ids for output in outputs])
+    assert texts[0] == texts[1] and [len(text) for text in texts[0]] == [6, 4, 4]
+
+
 @pytest.mark.parametrize("kernels", [KernelSet.default("cpu"), KernelSet.reference()], ids=["composed", "fused"])
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 def test_a_replaced_rotary_store_kv_is_what_the_model_runs(tmp_path, architecture, kernels):
