@@ -90,6 +90,14 @@ def _norm_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return [{"tokens": len(x), "outputs": weight.shape[0], "inputs": weight.shape[1], "bias": bias is not None}]
 
 
+def _norm_qkv_rotary_store_kv(
+    x: torch.Tensor, bias: torch.Tensor | None, k_cache: torch.Tensor, heads: int, **rest: Any
+) -> Sizes:
+    _, block_size, kv_heads, head_dim = k_cache.shape
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": block_size}
+    return [{"tokens": len(x), "inputs": x.shape[1], **shape, "bias": bias is not None}]
+
+
 def _norm_gate_up_swiglu(x: torch.Tensor, weight: torch.Tensor, **rest: Any) -> Sizes:
     return [{"tokens": len(x), "intermediate": weight.shape[0] // 2, "inputs": weight.shape[1]}]
 
@@ -130,6 +138,7 @@ SIZES: Mapping[str, Callable[..., Sizes]] = {
     "rms_norm": _rms_norm,
     "linear": _linear,
     "norm_linear": _norm_linear,
+    "norm_qkv_rotary_store_kv": _norm_qkv_rotary_store_kv,
     "norm_gate_up_swiglu": _norm_gate_up_swiglu,
     "linear_add": _linear_add,
     "rotary_store_kv": _rotary_store_kv,

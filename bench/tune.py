@@ -24,6 +24,7 @@ from microvllm.kernels import (
     linear,
     norm_gate_up_swiglu,
     norm_linear,
+    norm_qkv_rotary_store_kv,
     paged_attention,
     prefill_attention,
     rms_norm,
@@ -153,6 +154,7 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
         ),
     ),
     "norm_linear": _fused_one_row(norm_linear),
+    "norm_qkv_rotary_store_kv": _fused_one_row(norm_qkv_rotary_store_kv),
     "norm_gate_up_swiglu": _fused_one_row(norm_gate_up_swiglu),
     "rms_norm": (
         Sweep(

@@ -259,9 +259,10 @@ def _info(options: argparse.Namespace) -> int:
     for name, text in rows.items():
         print(f"{name:<14}{text}")
     print("kernels")
+    width = max(map(len, OPS)) + 2
     for op in OPS.values():
         chosen = op.default(device)
         others = [name for name in (*op.implementations, REFERENCE) if name != chosen]
         reasons = [f"{name}: {op.unavailable(name, device) or 'available'}" for name in others]
-        print(f"  {op.name:<20}{chosen:<14}{'; '.join(reasons)}")
+        print(f"  {op.name:<{width}}{chosen:<14}{'; '.join(reasons)}")
     return 0

@@ -59,39 +59,39 @@ def _weight_tile(weight_row, inside, column, inputs, EVEN: tl.constexpr):
 
 
 @triton.jit
-def one_row_product(
+def first_tile(weight_row, norm_weight_ptr, inside, inputs, BLOCK_IN: tl.constexpr, EVEN: tl.constexpr):
+    """The first columns of the weights and of the norm's: what `product_from` begins with. They are loaded before the
+    wait, for weights do not depend on the kernel before.
+    """
+    column = tl.arange(0, BLOCK_IN)
+    weight = _weight_tile(weight_row, inside, column, inputs, EVEN)
+    norm_weight = 1.0
+    if norm_weight_ptr is not None:
+        norm_weight = tl.load(norm_weight_ptr + column, mask=column < inputs, other=0.0)
+    return weight, norm_weight
+
+
+@triton.jit
+def product_from(
+    weight,
+    norm_weight,
     x_ptr,
     norm_weight_ptr,
     eps,
-    weight_ptr,
-    weight_stride,
-    bias_ptr,
-    residual_ptr,
-    out,
+    weight_row,
     inside,
     inputs,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
-    """x Wᵀ + bias + residual at the outputs `out` [BLOCK_OUT] for one x, or for its RMSNorm; what is None is left out.
+    """x Wᵀ [BLOCK_OUT] in float32 for one x, or for its RMSNorm where there is a norm_weight_ptr, from `first_tile` on.
 
     By plain products: the matrix unit would idle on 15 rows of 16. A tile of weights is loaded while the one before is
-    multiplied, and the first before the wait, for weights do not depend on the kernel before. RMSNorm's factor is one
-    for all of x, so it comes last, when the squares are summed.
+    multiplied. RMSNorm's factor is one for all of x, so it comes last, when the squares are summed.
     """
     columns = tl.arange(0, BLOCK_IN)
-    weight_row = weight_ptr + out.to(tl.int64)[:, None] * weight_stride
-    weight = _weight_tile(weight_row, inside, columns, inputs, EVEN)
-    if norm_weight_ptr is not None:
-        norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < inputs, other=0.0)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + out, mask=inside, other=0.0)
-    wait_for_previous(DEPENDENT)
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + out, mask=inside, other=0.0)
     acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
     squares = tl.zeros([BLOCK_IN], tl.float32)
     for start in tl.range(0, inputs, BLOCK_IN, loop_unroll_factor=UNROLL):
@@ -113,6 +113,38 @@ def one_row_product(
     y = tl.sum(acc, 1)
     if norm_weight_ptr is not None:
         y *= tl.rsqrt(tl.sum(squares, 0) / inputs + eps)
+    return y
+
+
+@triton.jit
+def one_row_product(
+    x_ptr,
+    norm_weight_ptr,
+    eps,
+    weight_ptr,
+    weight_stride,
+    bias_ptr,
+    residual_ptr,
+    out,
+    inside,
+    inputs,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """x Wᵀ + bias + residual at the outputs `out` [BLOCK_OUT], for one x or its RMSNorm; what is None is left out."""
+    weight_row = weight_ptr + out.to(tl.int64)[:, None] * weight_stride
+    weight, norm_weight = first_tile(weight_row, norm_weight_ptr, inside, inputs, BLOCK_IN, EVEN)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + out, mask=inside, other=0.0)
+    wait_for_previous(DEPENDENT)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + out, mask=inside, other=0.0)
+    y = product_from(
+        weight, norm_weight, x_ptr, norm_weight_ptr, eps, weight_row, inside, inputs, BLOCK_OUT, BLOCK_IN, UNROLL, EVEN
+    )
     if bias_ptr is not None:
         y += bias.to(tl.float32)
     if residual_ptr is not None:

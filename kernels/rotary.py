@@ -110,6 +110,19 @@ def launch_shape(tokens: int, heads: int, half: int, most_heads: int) -> dict[st
     }
 
 
+def check_table(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, tokens: int, head_dim: int) -> None:
+    """ValueError for a table or positions that do not fit so many tokens and dimensions."""
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dtype != torch.float32 or table.dim() != 2 or table.shape[1] != head_dim // 2:
+            raise ValueError(f"{name} is [positions, head_dim/2] in float32, not {list(table.shape)} in {table.dtype}")
+        if not table.is_contiguous():
+            raise ValueError(f"{name} is contiguous, not of strides {table.stride()}")
+    if positions.shape != (tokens,) or positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"positions is [tokens] in int32 or int64, not {list(positions.shape)} in {positions.dtype}")
+    if not positions.is_contiguous():
+        raise ValueError(f"positions is contiguous, not of strides {positions.stride()}")
+
+
 def check_arguments(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> None:
@@ -123,15 +136,7 @@ def check_arguments(
         )
     if q.stride(2) != 1 or k.stride(2) != 1:
         raise ValueError(f"the last dimensions of q and k are contiguous, not of strides {q.stride()} and {k.stride()}")
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.dtype != torch.float32 or table.dim() != 2 or table.shape[1] != q.shape[2] // 2:
-            raise ValueError(f"{name} is [positions, head_dim/2] in float32, not {list(table.shape)} in {table.dtype}")
-        if not table.is_contiguous():
-            raise ValueError(f"{name} is contiguous, not of strides {table.stride()}")
-    if positions.shape != q.shape[:1] or positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"positions is [tokens] in int32 or int64, not {list(positions.shape)} in {positions.dtype}")
-    if not positions.is_contiguous():
-        raise ValueError(f"positions is contiguous, not of strides {positions.stride()}")
+    check_table(cos, sin, positions, len(q), q.shape[2])
 
 
 def rotary(

@@ -137,6 +137,30 @@ def _rotary_store_kv_kernel(
     tl.store(v_target + dim, v, mask=v_mask & (v_head < kv_written))
 
 
+def check_cache(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    tokens: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> None:
+    """ValueError for a cache or slots that do not fit so many tokens, heads and dimensions in that dtype."""
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dim() != 4 or cache.shape[2:] != (kv_heads, head_dim) or cache.dtype != dtype or cache.stride(3) != 1:
+            raise ValueError(
+                f"{name} is [blocks, block_size, {kv_heads}, {head_dim}] in {dtype} with a contiguous last "
+                f"dimension, not {list(cache.shape)} in {cache.dtype} with strides {cache.stride()}"
+            )
+    if k_cache.shape != v_cache.shape:
+        raise ValueError(f"the caches are of different shapes: {list(k_cache.shape)} and {list(v_cache.shape)}")
+    if slot_mapping.shape != (tokens,) or slot_mapping.dtype != torch.int64:
+        raise ValueError(f"slot_mapping is [tokens] in int64, not {list(slot_mapping.shape)} in {slot_mapping.dtype}")
+    if not slot_mapping.is_contiguous():
+        raise ValueError(f"slot_mapping is contiguous, not of strides {slot_mapping.stride()}")
+
+
 def rotary_store_kv(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -159,18 +183,7 @@ def rotary_store_kv(
             f"v is as k, {list(k.shape)} in {k.dtype}, with a contiguous last dimension, not {list(v.shape)} in "
             f"{v.dtype} with strides {v.stride()}"
         )
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dim() != 4 or cache.shape[2:] != k.shape[1:] or cache.dtype != k.dtype or cache.stride(3) != 1:
-            raise ValueError(
-                f"{name} is [blocks, block_size, {k.shape[1]}, {k.shape[2]}] in {k.dtype} with a contiguous last "
-                f"dimension, not {list(cache.shape)} in {cache.dtype} with strides {cache.stride()}"
-            )
-    if k_cache.shape != v_cache.shape:
-        raise ValueError(f"the caches are of different shapes: {list(k_cache.shape)} and {list(v_cache.shape)}")
-    if slot_mapping.shape != q.shape[:1] or slot_mapping.dtype != torch.int64:
-        raise ValueError(f"slot_mapping is [tokens] in int64, not {list(slot_mapping.shape)} in {slot_mapping.dtype}")
-    if not slot_mapping.is_contiguous():
-        raise ValueError(f"slot_mapping is contiguous, not of strides {slot_mapping.stride()}")
+    check_cache(k_cache, v_cache, slot_mapping, len(q), *k.shape[1:], k.dtype)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]

@@ -13,14 +13,16 @@ from .config import ModelConfig
 LayerCache = tuple[torch.Tensor, torch.Tensor]
 """A layer's keys and values: two of [blocks, block_size, kv_heads, head_dim]."""
 
-READ_BY = {
-    "qkv_weight": "norm_linear",
-    "o_weight": "linear_add",
-    "gate_up_weight": "norm_gate_up_swiglu",
-    "down_weight": "linear_add",
-    "head": "linear",
-}
-"""The operator that reads each projection's weight."""
+
+def read_by(config: ModelConfig) -> dict[str, str]:
+    """The operator that reads each projection's weight."""
+    return {
+        "qkv_weight": "norm_linear" if config.qk_norm else "norm_qkv_rotary_store_kv",
+        "o_weight": "linear_add",
+        "gate_up_weight": "norm_gate_up_swiglu",
+        "down_weight": "linear_add",
+        "head": "linear",
+    }
 
 
 def _weight(*shape: int) -> nn.Parameter:
@@ -46,14 +48,17 @@ class Attention(nn.Module):
         """x plus attention over its norm."""
         config, kernels = self.config, self.kernels
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        qkv = kernels.norm_linear(x, self.norm, config.rms_norm_eps, self.qkv_weight, self.qkv_bias)
-        qkv = qkv.view(-1, heads + 2 * kv_heads, config.head_dim)
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        k_cache, v_cache = cache
+        product = (x, self.norm, config.rms_norm_eps, self.qkv_weight, self.qkv_bias)
+        place = (cos, sin, where.positions, k_cache, v_cache, where.slot_mapping)
         if config.qk_norm:
+            qkv = kernels.norm_linear(*product).view(-1, heads + 2 * kv_heads, config.head_dim)
+            q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
             q = kernels.rms_norm(q, self.q_norm, config.rms_norm_eps)
             k = kernels.rms_norm(k, self.k_norm, config.rms_norm_eps)
-        k_cache, v_cache = cache
-        q = kernels.rotary_store_kv(q, k, v, cos, sin, where.positions, k_cache, v_cache, where.slot_mapping)
+            q = kernels.rotary_store_kv(q, k, v, *place)
+        else:
+            q = kernels.norm_qkv_rotary_store_kv(*product, *place, heads)
         if where.is_decode:
             out = kernels.paged_attention(q, k_cache, v_cache, where.block_table, where.context_lens, self.scale)
         else:
@@ -120,7 +125,7 @@ class Qwen2(nn.Module):
         """
         self.cos, self.sin = self.config.rope.table(self.config.head_dim, self.max_length, self.embedding.device)
         for module in self.modules():
-            for name, op in READ_BY.items():
+            for name, op in read_by(self.config).items():
                 if name in module._parameters:
                     prepared = self.kernels.prepare(op, getattr(module, name))
                     delattr(module, name)

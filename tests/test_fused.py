@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import pytest
 import torch
-from microvllm.kernels import norm_gate_up_swiglu, norm_linear
+from microvllm import InferenceEngine, KernelSet
+from microvllm.kernels import norm_gate_up_swiglu, norm_linear, norm_qkv_rotary_store_kv
 from microvllm.kernels.linear_add import skinny_linear_add
 from microvllm.kernels.op import Case
+from microvllm.kernels.rotary_store_kv import rotary_store_kv_reference
+
+from .checkpoints import save_folder
 
 X, WEIGHT, NORM = torch.ones(1, 8), torch.ones(6, 8), torch.ones(8)
+QKV = {
+    "bias": None,
+    "cos": torch.ones(4, 1),
+    "sin": torch.zeros(4, 1),
+    "positions": torch.tensor([3]),
+    "k_cache": torch.zeros(2, 16, 1, 2),
+    "v_cache": torch.zeros(2, 16, 1, 2),
+    "slot_mapping": torch.tensor([17]),
+    "heads": 1,
+}
+"""What `norm_qkv_rotary_store_kv` takes behind X, NORM, eps and WEIGHT."""
 
 
 @pytest.mark.parametrize("outputs, inputs", [(4608, 3584), (1152, 896)])
 @pytest.mark.parametrize(
     "module, sizes",
-    [(norm_linear, {"outputs": 11, "bias": True}), (norm_gate_up_swiglu, {"intermediate": 11})],
-    ids=["norm_linear", "norm_gate_up_swiglu"],
+    [
+        (norm_linear, {"outputs": 11, "bias": True}),
+        (norm_gate_up_swiglu, {"intermediate": 11}),
+        (norm_qkv_rotary_store_kv, {"heads": 2, "kv_heads": 1, "head_dim": 6, "block_size": 4, "bias": True}),
+    ],
+    ids=["norm_linear", "norm_gate_up_swiglu", "norm_qkv_rotary_store_kv"],
 )
 def test_every_launch_gives_the_same_function(monkeypatch, module, sizes, outputs, inputs):
     launch = module._launch(outputs, inputs)
@@ -37,7 +56,15 @@ def test_a_norm_of_large_numbers_does_not_overflow():
     assert y.tolist() == [[8.0] * 6]
 
 
-@pytest.mark.parametrize("function", [norm_linear.norm_linear, norm_gate_up_swiglu.norm_gate_up_swiglu])
+@pytest.mark.parametrize(
+    "function, rest",
+    [
+        (norm_linear.norm_linear, {}),
+        (norm_gate_up_swiglu.norm_gate_up_swiglu, {}),
+        (norm_qkv_rotary_store_kv.norm_qkv_rotary_store_kv, QKV),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 @pytest.mark.parametrize(
     "x, norm_weight, weight, words",
     [
@@ -49,9 +76,68 @@ def test_a_norm_of_large_numbers_does_not_overflow():
         (X, NORM, torch.ones(8, 6).t(), "contiguous"),
     ],
 )
-def test_what_does_not_fit_is_named(function, x, norm_weight, weight, words):
+def test_what_does_not_fit_is_named(function, rest, x, norm_weight, weight, words):
     with pytest.raises(ValueError, match=f"^{function.__name__}: .*{words}"):
-        function(x, norm_weight, 1e-6, weight)
+        function(x, norm_weight, 1e-6, weight, **rest)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"heads": 2}, r"weight is \[\(2 \+ 2·1\)·2, in\], head_dim even, not \[6, 8\]"),
+        (
+            {name: torch.zeros(2, 16, 1, 3) for name in ("k_cache", "v_cache")},
+            r"weight is \[\(1 \+ 2·1\)·3, in\], head_dim even, not \[6, 8\]",
+        ),
+        ({"k_cache": torch.zeros(16, 1, 2)}, r"k_cache is \[blocks, block_size, 1, 2\] in torch.float32"),
+        ({"v_cache": torch.zeros(2, 16, 1, 2).half()}, "v_cache is .* not .* in torch.float16"),
+        ({"slot_mapping": torch.tensor([1, 2])}, r"slot_mapping is \[tokens\] in int64, not \[2\]"),
+        ({"cos": torch.ones(4, 2)}, r"cos is \[positions, head_dim/2\] in float32, not \[4, 2\]"),
+        ({"positions": torch.tensor([1.0])}, r"positions is \[tokens\] in int32 or int64, not \[1\] in torch.float32"),
+    ],
+)
+def test_a_cache_a_table_and_heads_that_do_not_fit_are_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        norm_qkv_rotary_store_kv.norm_qkv_rotary_store_kv(X, NORM, 1e-6, WEIGHT, **QKV | changes)
+
+
+def test_positions_in_int32_are_taken():
+    call = {name: value.clone() if "cache" in name else value for name, value in QKV.items()}
+    call |= {"positions": QKV["positions"].int()}
+    q = norm_qkv_rotary_store_kv.norm_qkv_rotary_store_kv(X, NORM, 1e-6, WEIGHT, **call)
+    torch.testing.assert_close(q, torch.full((1, 1, 2), 8.0))
+    torch.testing.assert_close(call["v_cache"][1, 1], torch.full((1, 2), 8.0))
+
+
+def test_an_engine_with_the_fused_qkv_kernel_writes_the_same_text(tmp_path):
+    """Prompts of several tokens, which are composed, and decodes of one and of two."""
+    save_folder(tmp_path, eos_token_id=None)
+    texts = []
+    for swaps in ({}, {"norm_qkv_rotary_store_kv": "triton"}):
+        kernels = KernelSet.reference().replace(**swaps)
+        engine = InferenceEngine(str(tmp_path), kernels=kernels, device="cpu", num_blocks=8, progress=False)
+        outputs = engine.generate([1, 2, 3], max_tokens=6) + engine.generate([[4, 5], [6, 7, 8]], max_tokens=4)
+        texts.append([output.token_ids for output in outputs])
+    assert texts[0] == texts[1] and [len(text) for text in texts[0]] == [6, 4, 4]
+
+
+@pytest.mark.parametrize("kernels", [KernelSet.default("cpu"), KernelSet.reference()], ids=["composed", "fused"])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_a_replaced_rotary_store_kv_is_what_the_model_runs(tmp_path, architecture, kernels):
+    save_folder(tmp_path, architecture, eos_token_id=None)
+    calls = []
+
+    def counting(q, k, v, *rest):
+        calls.append((q.shape[:2], k.shape, v.shape))
+        return rotary_store_kv_reference(q, k, v, *rest)
+
+    texts = []
+    for swapped in (kernels, kernels.replace(rotary_store_kv=counting)):
+        engine = InferenceEngine(str(tmp_path), kernels=swapped, device="cpu", num_blocks=8, progress=False)
+        texts.append(engine.generate([1, 2, 3], max_tokens=3)[0].token_ids)
+    assert texts[0] == texts[1]
+    shapes = [((tokens, 4), (tokens, 2, 8), (tokens, 2, 8)) for tokens in (3, 1, 1)]
+    assert calls == [shape for shape in shapes for _ in range(2)]  # two layers: a prompt and two tokens
 
 
 def test_gates_and_ups_are_as_many():

@@ -9,10 +9,11 @@ from microvllm.kernels.kernel_set import OPS, STANDALONE
 from microvllm.kernels.linear import linear_reference, onednn_linear
 from microvllm.kernels.op import Implementation, Op
 from microvllm.kernels.rms_norm import rms_norm_reference
+from microvllm.kernels.rotary_store_kv import rotary_store_kv_reference
 from microvllm.kernels.swiglu import swiglu_reference
 
 CPU = torch.device("cpu")
-FUSED = {"norm_linear", "norm_gate_up_swiglu", "linear_add"}
+FUSED = {"norm_linear", "norm_qkv_rotary_store_kv", "norm_gate_up_swiglu", "linear_add"}
 NAMES = FUSED | {
     "rms_norm",
     "linear",
@@ -166,6 +167,10 @@ class Recorder:
         self.calls.append("linear")
         return linear_reference(x, weight, bias)
 
+    def rotary_store_kv(self, *call):
+        self.calls.append("rotary_store_kv")
+        return rotary_store_kv_reference(*call)
+
     def swiglu(self, gate_up):
         self.calls.append("swiglu")
         return swiglu_reference(gate_up)
@@ -177,6 +182,16 @@ def inputs(name, case):
 
 CALLS = {
     "norm_linear": {"tokens": 3, "outputs": 4, "inputs": 8, "bias": True},
+    "norm_qkv_rotary_store_kv": {
+        "tokens": 3,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 4,
+        "inputs": 8,
+        "block_size": 2,
+        "bias": True,
+        "padded": 1,
+    },
     "norm_gate_up_swiglu": {"tokens": 3, "intermediate": 4, "inputs": 8},
     "linear_add": {"rows": 3, "outputs": 4, "inputs": 8},
 }
