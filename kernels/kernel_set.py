@@ -135,10 +135,11 @@ class KernelSet:
         exist, for an operator that no engine runs, and for a fused implementation beside a part that shares its weight
         and wants it in another layout.
         """
-        chosen = dict(self._chosen)
+        chosen, changed = dict(self._chosen), set(swaps)
         for op in OPS.values():
-            if not swaps.keys().isdisjoint(op.parts):
+            if not changed.isdisjoint(op.parts):
                 chosen[op.name] = _choose(op, COMPOSED)
+                changed |= set() if op.name in swaps else {op.name}
         for op, swap in swaps.items():
             if op in STANDALONE:
                 raise ValueError(f"no engine runs the operator {op!r}; it runs {_IN_PLACE_OF[op]}")
@@ -177,5 +178,10 @@ def _choose(op: Op, name: str) -> Choice:
 
 
 def _that_prepares(op: Op, chosen: Mapping[str, Choice]) -> str | None:
-    """The part of a fused operator that wants its weight in another than the canonical layout."""
-    return next((part for part in op.parts if chosen[part][1].prepare is not None), None)
+    """The part of a fused operator, or of one that is composed itself, that wants its weight in a layout of its own."""
+    for part in op.parts:
+        implementation = chosen[part][1]
+        found = _that_prepares(OPS[part], chosen) if implementation is None else implementation.prepare and part
+        if found:
+            return found
+    return None

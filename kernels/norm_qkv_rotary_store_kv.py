@@ -11,13 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import norm_linear
+from . import norm_linear as norm_product
 from . import rotary_store_kv as rotary_store
 from .dependent_launch import allow_next, dependent_launch, wait_for_previous
-from .linear import first_tile, linear_reference, product_from
-from .norm_linear import check_norm_product, refuse_rows
+from .linear import first_tile, product_from
+from .norm_linear import check_norm_product, norm_linear_reference, refuse_rows
 from .op import Case, Cost, Implementation, Op, needs_gpu
-from .rms_norm import rms_norm_reference
 from .rotary import check_table, rotate
 from .rotary_store_kv import check_cache, rotary_store_kv_reference
 
@@ -36,8 +35,7 @@ def norm_qkv_rotary_store_kv_reference(
     slot_mapping: torch.Tensor,
     heads: int,
     *,
-    rms_norm: Callable = rms_norm_reference,
-    linear: Callable = linear_reference,
+    norm_linear: Callable = norm_linear_reference,
     rotary_store_kv: Callable = rotary_store_kv_reference,
 ) -> torch.Tensor:
     """`rotary_store_kv_reference` of [q, k, v] = rms_norm(x) Wᵀ + b; its shapes hold here.
@@ -46,7 +44,7 @@ def norm_qkv_rotary_store_kv_reference(
     → q rotated, [tokens, heads, head_dim]
     """
     kv_heads, head_dim = k_cache.shape[2:]
-    qkv = linear(rms_norm(x, norm_weight, eps), weight, bias).view(-1, heads + 2 * kv_heads, head_dim)
+    qkv = norm_linear(x, norm_weight, eps, weight, bias).view(-1, heads + 2 * kv_heads, head_dim)
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
     return rotary_store_kv(q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping)
 
@@ -229,7 +227,7 @@ def make_inputs(
 ) -> dict[str, Any]:
     """padded, heads_first: as in `rotary_store_kv`"""
     options = {"dtype": dtype, "device": device, "generator": generator}
-    product = norm_linear.make_inputs(tokens, (heads + 2 * kv_heads) * head_dim, inputs, bias, **options)
+    product = norm_product.make_inputs(tokens, (heads + 2 * kv_heads) * head_dim, inputs, bias, **options)
     rest = rotary_store.make_inputs(tokens, heads, kv_heads, head_dim, block_size, padded, heads_first, **options)
     return product | {name: rest[name] for name in rest if name not in ("q", "k", "v")} | {"heads": heads}
 
@@ -247,7 +245,7 @@ def cost(
     *,
     itemsize: int,
 ) -> Cost:
-    product = norm_linear.cost(tokens, (heads + 2 * kv_heads) * head_dim, inputs, bias, itemsize=itemsize)
+    product = norm_product.cost(tokens, (heads + 2 * kv_heads) * head_dim, inputs, bias, itemsize=itemsize)
     table = head_dim * 4 + 16  # float32 cos and sin, an int64 position and a slot
     return Cost(
         read=product.read + tokens * table,
@@ -276,5 +274,5 @@ OP = Op(
         Case(tokens=1, heads=14, kv_heads=2, head_dim=64, inputs=896, block_size=256, bias=True),
     ),
     mutates=("k_cache", "v_cache"),
-    parts=("rms_norm", "linear", "rotary_store_kv"),
+    parts=("norm_linear", "rotary_store_kv"),
 )
