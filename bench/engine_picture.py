@@ -12,7 +12,7 @@ from .picture import OURS as OUR_COLOUR
 from .picture import PEER_COLOURS
 
 PALE = "#ced4da"
-PART_COLOURS = (OUR_COLOUR, *PEER_COLOURS[:4], *PEER_COLOURS[5:], "#f15bb5", "#606c38")
+PART_COLOURS = (OUR_COLOUR, *PEER_COLOURS[:4], *PEER_COLOURS[5:], "#f15bb5", "#606c38", "#7f4f24", "#84dcc6")
 """Of a step's parts: all but the grey of the peers'."""
 GREYS = ("#343a40", "#868e96", PALE)
 UNITS = {"prefill": (1e3, "ms to the first token of all"), "step": (1e3, "ms a step"), "rate": (1, "tokens/s")}

@@ -7,6 +7,8 @@ which every program calls before it writes or ends: the kernel after must not ov
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ def wait_for_previous(DEPENDENT: tl.constexpr):
         gdc_wait()
 
 
+@cache
 def has_dependent_launch(device: torch.device) -> bool:
     """Whether `device` has it: GPUs from Hopper on. The interpreter does not."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
