@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import replace
 
 import torch
 
@@ -94,11 +93,8 @@ class DecodeRows:
 
     def columns(self, size: int) -> SamplingColumns:
         """What the first `size` rows ask of the draw, with every filter, whether a row uses it or not."""
-        c = self._columns
-        columns = {
-            name: getattr(c, name)[:size] for name in ("temperature", "top_k", "top_p", "min_p", "seed", "index")
-        }
-        return replace(c, **columns)
+        names = ("temperature", "top_k", "top_p", "min_p", "seed", "index")
+        return SamplingColumns(**{name: getattr(self._columns, name)[:size] for name in names})
 
     def advance(self, kernels: KernelSet, drawn: torch.Tensor) -> None:
         """Each row goes on by the token that it drew.   drawn [size] int64"""

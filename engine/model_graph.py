@@ -89,6 +89,8 @@ class ModelGraphRunner(ModelRunner):
         pool = next(iter(self._graphs.values())).pool if self._graphs else None
         try:
             return CapturedCall(lambda: self._decode_step(size, columns), pool)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ValueError(
                 f"a decode of {size} sequences cannot be captured in a CUDA graph with these kernels "

@@ -11,10 +11,11 @@ import triton.language as tl
 
 from . import norm_linear
 from .dependent_launch import allow_next, dependent_launch
-from .linear import linear_reference, one_row_product
+from .linear import linear_reference
 from .norm_linear import check_norm_product, refuse_rows
 from .op import Case, Cost, Implementation, Op, needs_gpu
 from .rms_norm import rms_norm_reference
+from .skinny_kernels import one_row_product
 from .swiglu import swiglu_reference
 
 
@@ -80,7 +81,7 @@ def _kernel(
 
 
 def _launch(intermediate: int, inputs: int) -> dict[str, int]:
-    """BLOCK_OUT counts pairs of a gate and its up. From `python -m bench.tune norm_gate_up_swiglu` on an H100."""
+    """BLOCK_OUT counts pairs of a gate and its up. `python -m bench.tune norm_gate_up_swiglu` sweeps others."""
     if inputs <= 1024:
         return {"BLOCK_OUT": 2, "BLOCK_IN": 256, "UNROLL": 4, "num_warps": 1}
     return {"BLOCK_OUT": 2, "BLOCK_IN": 512, "UNROLL": 2, "num_warps": 2}

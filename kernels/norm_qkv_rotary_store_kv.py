@@ -14,11 +14,11 @@ import triton.language as tl
 from . import norm_linear as norm_product
 from . import rotary_store_kv as rotary_store
 from .dependent_launch import allow_next, dependent_launch, wait_for_previous
-from .linear import first_tile, product_from
 from .norm_linear import check_norm_product, norm_linear_reference, refuse_rows
 from .op import Case, Cost, Implementation, Op, needs_gpu
 from .rotary import check_table, rotate
 from .rotary_store_kv import check_cache, rotary_store_kv_reference
+from .skinny_kernels import first_tile, product_from
 
 
 def norm_qkv_rotary_store_kv_reference(
