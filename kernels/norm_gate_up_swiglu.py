@@ -138,7 +138,7 @@ OP = Op(
     cases=(
         Case(tokens=1, intermediate=5, inputs=2048),
         Case(tokens=1, intermediate=7, inputs=1000),
-        Case(tokens=1, intermediate=1, inputs=1288),
+        Case(tokens=1, intermediate=9, inputs=1288),
         Case(tokens=3, intermediate=8, inputs=64),
         Case(tokens=0, intermediate=8, inputs=64),
     ),
