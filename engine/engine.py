@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..kernels.kernel_set import KernelSet
 from ..model.checkpoint import open_checkpoint
 from ..model.loader import load_model, num_parameters
+from ..model.logprobs import Logprobs
 from ..model.qwen2 import LayerCache, Qwen2
 from ..model.sampler import Sampler
 from ..model.sampling_params import SamplingParams
@@ -36,13 +37,14 @@ Prompt = str | list[int] | list[dict]
 
 
 @dataclass
-class _Request:
+class Request:
     """A sequence with what the scheduler does not know of it; `outbox` is where its StepOutputs go."""
 
     prompt: Prompt
     seq: Sequence
     detokenizer: Detokenizer | None
     outbox: deque[StepOutput]
+    first_step_time: float | None = None
     first_token_time: float | None = None
 
 
@@ -125,7 +127,7 @@ class InferenceEngine:
             self._eos_token_ids |= self.tokenizer.eos_token_ids
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Request] = {}
         self._async = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
         self._launched: Step | None = None  # while the host is a step behind
         self._outbox: deque[StepOutput] = deque()
@@ -174,7 +176,7 @@ class InferenceEngine:
         bar = tqdm(total=len(prepared), unit="request", delay=2, disable=None if self.config.progress else True)
         try:
             for request in prepared:
-                self._add(request)
+                self.add(request)
             while len(outputs) < len(prepared):
                 self._step()
                 for event in self._drain(outbox):
@@ -198,8 +200,8 @@ class InferenceEngine:
         outbox: deque[StepOutput] = deque()
         return self._stream(self._prepare(prompt, self._params(params, options), outbox), outbox)
 
-    def _stream(self, request: _Request, outbox: deque[StepOutput]) -> Iterator[tuple[int, str]]:
-        self._add(request)
+    def _stream(self, request: Request, outbox: deque[StepOutput]) -> Iterator[tuple[int, str]]:
+        self.add(request)
         try:
             while True:
                 for event in self._drain(outbox):
@@ -217,8 +219,32 @@ class InferenceEngine:
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> int:
         """Takes a request in and returns its id; ValueError where it cannot be served."""
-        request = self._prepare(prompt, self._params(params, options), self._outbox)
-        self._add(request)
+        return self.add(self.prepare(prompt, params, **options))
+
+    def prepare(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Request:
+        """A request that has been checked and not yet begun; ValueError where it cannot be served.
+
+        Encoding a long prompt takes a while: this, and `encode`, may be called in another thread than the steps.
+        """
+        return self._prepare(prompt, self._params(params, options), self._outbox)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The prompt's token ids; ValueError where it is no prompt, or clearly too long a text."""
+        if isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], dict)):
+            return list(prompt)
+        if not isinstance(prompt, (str, list, tuple)):
+            raise ValueError(f"a prompt is a text, a list of token ids or a chat, not {prompt!r}")
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer: give the prompt as token ids")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, max_tokens=self.max_model_len)
+        return self.tokenizer.encode_chat(list(prompt), max_tokens=self.max_model_len)
+
+    def add(self, request: Request) -> int:
+        """Takes in what `prepare` gave and returns its id."""
+        request.seq.id, request.seq.arrival_time = next(self._ids), time.monotonic()
+        self.scheduler.add(request.seq)
+        self._requests[request.seq.id] = request
         return request.seq.id
 
     def step(self) -> list[StepOutput]:
@@ -265,13 +291,13 @@ class InferenceEngine:
             raise ValueError(f"params must be SamplingParams, not {params!r}")
         return params
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams, outbox: deque[StepOutput]) -> _Request:
+    def _prepare(self, prompt: Prompt, params: SamplingParams, outbox: deque[StepOutput]) -> Request:
         """A request that has been checked and not yet begun."""
         vocab_size = self.model_config.vocab_size
         params.check_tokens(vocab_size)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs a tokenizer, and this checkpoint has none")
-        prompt_ids = self._encode(prompt)
+        prompt_ids = self.encode(prompt)
         if not prompt_ids:
             raise ValueError(f"prompt {prompt!r} is empty: it has no tokens")
         if len(prompt_ids) >= self.max_model_len:
@@ -294,28 +320,19 @@ class InferenceEngine:
             stop_token_ids=frozenset(token for token in ends if token < vocab_size),
         )
         self.scheduler.check(seq)
-        return _Request(prompt, seq, self.tokenizer and Detokenizer(self.tokenizer, params.stop), outbox)
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], dict)):
-            return list(prompt)
-        if not isinstance(prompt, (str, list, tuple)):
-            raise ValueError(f"a prompt is a text, a list of token ids or a chat, not {prompt!r}")
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer: give the prompt as token ids")
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(list(prompt))
-
-    def _add(self, request: _Request) -> None:
-        request.seq.id, request.seq.arrival_time = next(self._ids), time.monotonic()
-        self.scheduler.add(request.seq)
-        self._requests[request.seq.id] = request
+        return Request(prompt, seq, self.tokenizer and Detokenizer(self.tokenizer, params.stop), outbox)
 
     def _step(self) -> None:
         """Launches the next step. Then its tokens are taken in, or, a step behind, those of the step before, so that
         the device never waits for the host to have read them.
         """
         previous, step = self._launched, None
-        batch = self.scheduler.schedule(time.monotonic())
+        now = time.monotonic()
+        batch = self.scheduler.schedule(now)
+        for chunk in batch.chunks:
+            request = self._requests[chunk.seq.id]
+            if request.first_step_time is None:
+                request.first_step_time = now
         assert batch or previous, "requests wait and none can be served"
         if batch:
             step = self.runner.launch(batch, previous)
@@ -348,11 +365,11 @@ class InferenceEngine:
                 seq.logprobs.append(logprobs)
             piece = self._detokenize(request, token)
             if seq.status is Status.FINISHED:
-                self._finish(request, token, piece)
+                self._finish(request, token, piece, logprobs)
             else:
-                request.outbox.append(StepOutput(seq.id, token, piece))
+                request.outbox.append(StepOutput(seq.id, token, piece, logprobs))
 
-    def _detokenize(self, request: _Request, token: int) -> str:
+    def _detokenize(self, request: Request, token: int) -> str:
         """The text that the token completes; ends the request at a stop string."""
         seq = request.seq
         if request.detokenizer is None or seq.finish_reason == "stop":  # the token that ends a text is not shown
@@ -363,13 +380,13 @@ class InferenceEngine:
             self.scheduler.finish(seq, "stop")
         return piece
 
-    def _finish(self, request: _Request, token: int | None, piece: str) -> None:
+    def _finish(self, request: Request, token: int | None, piece: str, logprobs: Logprobs | None = None) -> None:
         """Sends a request's last event, with its output."""
         seq, now = request.seq, time.monotonic()
         del self._requests[seq.id]
         if request.detokenizer is not None:
             piece += request.detokenizer.finish()
-        first = request.first_token_time
+        events = (request.first_step_time, request.first_token_time, now)
         output = RequestOutput(
             request_id=seq.id,
             prompt=request.prompt,
@@ -377,12 +394,12 @@ class InferenceEngine:
             token_ids=seq.output_ids,
             finish_reason=seq.finish_reason,
             usage=Usage(seq.num_prompt, seq.num_generated, min(seq.num_cached or 0, seq.num_prompt)),
-            timings=Timings(None if first is None else first - seq.arrival_time, now - seq.arrival_time),
+            timings=Timings(*(None if event is None else event - seq.arrival_time for event in events)),
             logprobs=seq.logprobs if seq.params.logprobs is not None else None,
             prompt_logprobs=[None, *seq.prompt_logprobs] if seq.params.prompt_logprobs is not None else None,
             error="the model's logits were not numbers (NaN or infinite)" if seq.finish_reason == "error" else None,
         )
-        request.outbox.append(StepOutput(seq.id, token, piece, output))
+        request.outbox.append(StepOutput(seq.id, token, piece, logprobs, output))
 
     @staticmethod
     def _drain(outbox: deque[StepOutput]) -> list[StepOutput]:

@@ -24,9 +24,11 @@ class Usage:
 class Timings:
     """Seconds since the request was added.
 
-    to_first_token: None where it ended without one.   total: to its end
+    to_first_step:   to the step that computed the first of its tokens; None where it ended before
+    to_first_token:  None where it ended without one.   total: to its end
     """
 
+    to_first_step: float | None
     to_first_token: float | None
     total: float
 
@@ -69,10 +71,12 @@ class StepOutput:
 
     token_id:  its new token; None where it ended without one
     text:      the text that became certain, possibly empty
+    logprobs:  the token's, where SamplingParams.logprobs asked for them
     output:    the whole, once the request has ended
     """
 
     request_id: int
     token_id: int | None
     text: str
+    logprobs: Logprobs | None = None
     output: RequestOutput | None = None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 MAX_LOGPROBS = 100
 """Log-probabilities that one token can report: more would be a sort of the vocabulary in disguise."""
+
+MAX_TOP_K = (1 << 31) - 1
+"""More than any vocabulary, and an integer that a tensor can hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +24,8 @@ class SamplingParams:
     top_k:               draw among the k likeliest; 0 is off
     top_p:               draw among the fewest likeliest whose probability reaches p; 1 is off
     min_p:               draw among those at least min_p times as likely as the likeliest; 0 is off
-    repetition_penalty:  divides positive and multiplies negative logits of tokens seen so far (arXiv:1909.05858)
+    repetition_penalty:  divides positive and multiplies negative logits of tokens seen so far (arXiv:1909.05858), from
+                         0.01 to 100, so that no logit becomes infinite
     presence_penalty, frequency_penalty:  taken from the logit of a token in the output, once and once an occurrence
     logit_bias:          {token id: what is added to its logit}
     seed:                with it, token i is a function of the logits, the seed and i alone; None takes a fresh one
@@ -53,10 +58,10 @@ class SamplingParams:
     def __post_init__(self):
         _integer("max_tokens", self.max_tokens, 1)
         _number("temperature", self.temperature, 0.0, math.inf)
-        _integer("top_k", self.top_k, 0)
+        _integer("top_k", self.top_k, 0, MAX_TOP_K)
         _number("top_p", self.top_p, 0.0, 1.0, open_below=True)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_below=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if not isinstance(self.logit_bias, Mapping):
@@ -107,8 +112,9 @@ def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
 
 
 def _number(name: str, value: Any, low: float, high: float, open_below: bool = False) -> None:
-    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not finite or value < low or value > high or (open_below and value == low):
+    # An integer beyond the largest float is as little a number here as infinity.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not number or value < low or value > high or (open_below and value == low):
         above = f"{'over' if open_below else 'at least'} {low:g}"
         raise ValueError(
             f"{name}={value!r} must be a number {above}{'' if high == math.inf else f' and at most {high:g}'}"

@@ -59,21 +59,32 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self._bytes)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
         """The text's token ids, after the special tokens that the model's texts begin with (BOS for Llama).
 
-        ValueError if `text` is not valid Unicode.
+        max_tokens: a text that has more, whatever its tokens, is refused before time is spent on it; others may pass
+        ValueError if it is refused or not valid Unicode.
         """
-        _require_unicode(text, "the text")
-        return self._fast.encode(text)
+        return self._encode(text, max_tokens, add_special_tokens=True)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, str]], *, max_tokens: int | None = None) -> list[int]:
         """The conversation in the model's chat template, up to where the assistant's answer begins.
 
         messages: [{"role": "user", "content": "…"}, …].   ValueError if they are malformed, if the template refuses
-        them, or if there is no template.
+        them, if there is no template, or as in `encode`.
         """
-        return self._fast.encode(self.render_chat(messages), add_special_tokens=False)
+        return self._encode(self.render_chat(messages), max_tokens, add_special_tokens=False)
+
+    def _encode(self, text: str, max_tokens: int | None, *, add_special_tokens: bool) -> list[int]:
+        _require_unicode(text, "the text")
+        if max_tokens is not None and len(text) > max_tokens * self._longest_token:
+            raise ValueError(f"a text of {len(text)} characters is too long: it has more than {max_tokens} tokens")
+        return self._fast.encode(text, add_special_tokens=add_special_tokens)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes of the longest token as the vocabulary spells it: no token stands for more characters."""
+        return max(len(token.encode()) for token in self._fast.get_vocab())
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The text that `encode_chat` encodes."""
@@ -105,6 +116,10 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of UTF-8 that a token adds to a text; none for special tokens and ids outside the vocabulary."""
         return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""
+
+    def token_name(self, token_id: int) -> str:
+        """The token as the vocabulary spells it, such as "<|im_end|>" for a special one; empty outside of it."""
+        return self._fast.convert_ids_to_tokens(token_id) or "" if 0 <= token_id < len(self._bytes) else ""
 
     @cached_property
     def _bytes(self) -> list[bytes]:

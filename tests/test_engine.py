@@ -215,13 +215,37 @@ class TestStepByStep:
         assert outputs[gone].token_ids[:2] == whole.token_ids and len(outputs[gone].token_ids) < 8
         assert outputs[kept].token_ids == engine.generate(ids(5), max_tokens=8)[0].token_ids
 
+    def test_log_probabilities_come_with_their_tokens(self, engine):
+        request = engine.add_request(ids(20), max_tokens=5, logprobs=2)
+        events = []
+        while engine.has_work:
+            events += engine.step()
+        assert {event.request_id for event in events} == {request}
+        assert [event.logprobs for event in events] == events[-1].output.logprobs
+        assert [event.logprobs.token_id for event in events] == [event.token_id for event in events]
+
+    def test_what_is_prepared_begins_when_it_is_added(self, engine):
+        request = engine.prepare("hello", max_tokens=3)
+        assert not engine.has_work
+        number = engine.add(request)
+        assert finish(engine)[number].token_ids == engine.generate("hello", max_tokens=3)[0].token_ids
+
+    def test_a_request_that_waits_knows_for_how_long(self, folder):
+        engine = make_engine(folder, max_batch_size=1)
+        first, second = engine.generate([ids(5), ids(6)], max_tokens=8)
+        assert first.timings.to_first_step < first.timings.to_first_token <= second.timings.to_first_step
+        assert second.timings.to_first_step < second.timings.to_first_token < second.timings.total
+
     def test_aborting_what_waits(self, engine):
         request = engine.add_request(ids(5))
         assert engine.stats().waiting == 1
         assert engine.abort(request)
         (event,) = engine.step()
         assert (event.token_id, event.output.finish_reason, event.output.token_ids) == (None, "abort", [])
-        assert event.output.timings.to_first_token is None and event.output.usage.total_tokens == 5
+        assert (
+            event.output.timings.to_first_step is event.output.timings.to_first_token is None
+            and event.output.usage.total_tokens == 5
+        )
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ import math
 import re
 
 import pytest
-from microvllm.model.sampling_params import MAX_LOGPROBS, SamplingParams
+from microvllm.model.sampling_params import MAX_LOGPROBS, MAX_TOP_K, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -17,13 +17,16 @@ from microvllm.model.sampling_params import MAX_LOGPROBS, SamplingParams
         ({"temperature": math.inf}, "temperature=inf must be a number at least 0"),
         ({"temperature": "hot"}, "temperature='hot' must be a number at least 0"),
         ({"temperature": True}, "temperature=True must be a number at least 0"),
-        ({"top_k": -1}, "top_k=-1 must be an integer of at least 0"),
-        ({"top_k": 1.5}, "top_k=1.5 must be an integer of at least 0"),
+        ({"temperature": 10**400}, f"temperature={10**400} must be a number at least 0"),
+        ({"top_k": -1}, f"top_k=-1 must be an integer from 0 to {MAX_TOP_K}"),
+        ({"top_k": 1.5}, f"top_k=1.5 must be an integer from 0 to {MAX_TOP_K}"),
+        ({"top_k": 10**30}, f"top_k={10**30} must be an integer from 0 to {MAX_TOP_K}"),
         ({"top_p": 0}, "top_p=0 must be a number over 0 and at most 1"),
         ({"top_p": 1.01}, "top_p=1.01 must be a number over 0 and at most 1"),
         ({"min_p": -0.01}, "min_p=-0.01 must be a number at least 0 and at most 1"),
         ({"min_p": 2}, "min_p=2 must be a number at least 0 and at most 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0 must be a number over 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 must be a number at least 0.01 and at most 100"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty=1e-38 must be a number at least 0.01 and at most 100"),
         ({"presence_penalty": -2.1}, "presence_penalty=-2.1 must be a number at least -2 and at most 2"),
         ({"frequency_penalty": 3}, "frequency_penalty=3 must be a number at least -2 and at most 2"),
         ({"logit_bias": [1]}, "logit_bias=[1] must map token ids to numbers"),
@@ -59,7 +62,7 @@ def test_a_bad_value_is_refused_with_its_field_and_what_is_allowed(options, mess
         {"temperature": 0},
         {"temperature": 5.0},
         {"top_k": 0},
-        {"top_k": 10**6},
+        {"top_k": MAX_TOP_K},
         {"top_p": 1},
         {"top_p": 1e-9},
         {"min_p": 0},

@@ -358,3 +358,19 @@ def test_added_tokens_that_look_like_bytes_decode_as_in_tokenizers():
     tokenizer = Tokenizer(fast)
     assert tokenizer.decode([256]) == fast.decode([256]) == "n\ufffd"
     assert tokenizer.decode([257]) == fast.decode([257]) == "n é"
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(smollm2):
+    longest = max(len(token) for token in smollm2._fast.get_vocab())
+    assert len(smollm2.encode("a" * longest, max_tokens=2)) > 2  # it may pass: only its tokens tell
+    for encode in (
+        smollm2.encode,
+        lambda text, **options: smollm2.encode_chat([{"role": "user", "content": text}], **options),
+    ):
+        with pytest.raises(ValueError, match="is too long: it has more than 2 tokens"):
+            encode("é" * longest * 5, max_tokens=2)
+
+
+def test_a_token_is_named_as_the_vocabulary_spells_it(smollm2):
+    assert smollm2.token_name(2) == "<|im_end|>" and smollm2.token_bytes(2) == b""
+    assert smollm2.token_name(-1) == smollm2.token_name(10**9) == ""
