@@ -177,6 +177,8 @@ class AsyncEngine:
             raise DrainingError("the server is shutting down")
 
     def _reserve(self, count: int) -> None:
+        if self.error is not None:  # nothing is open then
+            return
         self._open += count
         if self._open:
             self._at_rest.clear()
@@ -204,7 +206,7 @@ class AsyncEngine:
         for stream in self._streams:
             stream._fail(error)
         self._streams.clear()
-        self._reserve(-self._open)
+        self._at_rest.set()
         self._died.set()
 
     # --- in the encoder's thread ---

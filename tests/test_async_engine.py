@@ -1,0 +1,257 @@
+"""The engine behind an event loop: what it answers, refuses, gives up, and how it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+from microvllm import InferenceEngine, SamplingParams
+from microvllm.engine.async_engine import AsyncEngine, DeadError, DrainingError, OverloadedError, Stream
+
+from .small_models import Shape, make_model
+from .test_engine import assert_at_rest, ids, save_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model(Shape(), folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def engine(folder):
+    return InferenceEngine(folder, max_batch_size=4, num_blocks=64, block_size=16, device="cpu", progress=False)
+
+
+def run(engine: InferenceEngine, work, **options):
+    """The result of work(AsyncEngine), which must leave the engine at rest unless it died."""
+
+    async def main():
+        running = AsyncEngine(engine, **options)
+        running.start()
+        try:
+            return await asyncio.wait_for(work(running), 60)
+        finally:
+            await running.stop()
+            if running.error is None:
+                assert running._open == 0 and not running._streams and not running._owners
+                assert_at_rest(engine)
+
+    return asyncio.run(main())
+
+
+async def read(stream: Stream) -> list:
+    """→ the outputs in the order of the requests; the pieces must join to their texts."""
+    outputs, pieces, tokens = {}, {}, {}
+    async for events in stream:
+        for index, event in events:
+            pieces[index] = pieces.get(index, "") + event.text
+            if event.token_id is not None:
+                tokens.setdefault(index, []).append(event.token_id)
+            if event.output is not None:
+                outputs[index] = event.output
+    for index, output in outputs.items():
+        assert (pieces[index], tokens.get(index, [])) == (output.text, output.token_ids)
+    return [outputs[index] for index in sorted(outputs)]
+
+
+def slow_down(engine: InferenceEngine, seconds: float) -> list[int]:
+    """Each step takes so long → a list that grows by one a step."""
+    step, steps = engine.step, []
+
+    def slow():
+        if engine.has_work:
+            steps.append(1)
+            time.sleep(seconds)
+        return step()
+
+    engine.step = slow
+    return steps
+
+
+def test_many_streams_get_what_generate_gives(engine):
+    prompts = ["hello", ids(30), "once upon", ids(7, seed=2), [{"role": "user", "content": "hi"}]]
+    params = [SamplingParams(max_tokens=9), SamplingParams(max_tokens=12, temperature=1.0, seed=4)]
+    expected = [engine.generate([prompt] * 2, params) for prompt in prompts]
+
+    async def work(running):
+        streams = [await running.submit([prompt], params) for prompt in prompts]
+        return await asyncio.gather(*map(read, streams)), await read(await running.submit(prompts, params))
+
+    apart, together = run(engine, work)
+    assert [[o.token_ids for o in outputs] for outputs in apart] == [[o.token_ids for o in e] for e in expected]
+    assert [o.token_ids for o in together] == [o.token_ids for e in expected for o in e]
+
+
+def test_a_stream_that_nobody_reads_holds_up_no_other(engine):
+    async def work(running):
+        unread = await running.submit(["hello"], [SamplingParams(max_tokens=90)])
+        assert len((await read(await running.submit(["hi"], [SamplingParams(max_tokens=100)])))[0].token_ids) == 100
+        return await read(unread)
+
+    assert len(run(engine, work)[0].token_ids) == 90
+
+
+def test_the_event_loop_does_not_wait_for_a_step_or_for_a_prompt_to_be_encoded(engine):
+    steps = slow_down(engine, 0.2)
+    encode = engine.encode
+
+    def slow_encode(prompt):
+        time.sleep(0.3)
+        return encode(prompt)
+
+    engine.encode = slow_encode
+
+    async def work(running):
+        longest = 0.0
+
+        async def tick():
+            nonlocal longest
+            while True:
+                before = time.monotonic()
+                await asyncio.sleep(0.001)
+                longest = max(longest, time.monotonic() - before)
+
+        ticking = asyncio.create_task(tick())
+        await read(await running.submit(["hello"], [SamplingParams(max_tokens=3)]))
+        ticking.cancel()
+        return longest
+
+    assert run(engine, work) < 0.15 and len(steps) == 3
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_closing_frees_the_blocks_before_the_next_step(engine, after):
+    steps = slow_down(engine, 0.05)
+
+    async def work(running):
+        stream = await running.submit([ids(40), ids(50, seed=1)], [SamplingParams(max_tokens=70)] * 3)
+        while len(steps) < after:
+            await asyncio.sleep(0.005)
+        stream.close()
+        stream.close()
+        at = len(steps)
+        while running.engine.has_work or not running._commands.empty():
+            await asyncio.sleep(0.005)
+        return len(steps) - at
+
+    assert run(engine, work) <= 1
+
+
+def test_a_prompt_that_cannot_be_served_takes_nothing(engine):
+    async def work(running):
+        for prompts, message in (([ids(5), ids(500)], "is too long"), (["a", ""], "is empty"), ([[-1]], "token id -1")):
+            with pytest.raises(ValueError, match=message):
+                await running.submit(prompts, [SamplingParams(max_tokens=3)])
+        assert running._open == 0
+
+    run(engine, work)
+
+
+def test_overload_is_refused_at_once_and_what_was_admitted_finishes(engine):
+    slow_down(engine, 0.01)
+
+    async def work(running):
+        streams = [await running.submit([ids(5)], [SamplingParams(max_tokens=10)] * 3) for _ in range(2)]
+        before = time.monotonic()
+        with pytest.raises(OverloadedError, match="6 requests run or wait, and 8 may"):
+            await running.submit([ids(5)] * 3, [SamplingParams(max_tokens=10)])
+        assert time.monotonic() - before < 0.01
+        with pytest.raises(ValueError, match="9 requests at once are too many: at most 8"):
+            await running.submit([ids(5)] * 9, [SamplingParams()])
+        streams.append(await running.submit([ids(5)] * 2, [SamplingParams(max_tokens=10)]))
+        outputs = await asyncio.gather(*map(read, streams))
+        await read(await running.submit([ids(5)] * 8, [SamplingParams(max_tokens=1)]))
+        return [len(output.token_ids) for group in outputs for output in group]
+
+    assert run(engine, work, max_waiting=4) == [10] * 8
+
+
+def test_cancelling_a_submission_gives_its_place_back(engine):
+    encode, entered, leave = engine.encode, threading.Event(), threading.Event()
+
+    def held(prompt):
+        entered.set()
+        leave.wait(10)
+        return encode(prompt)
+
+    engine.encode = held
+
+    async def work(running):
+        task = asyncio.create_task(running.submit(["hello"], [SamplingParams()]))
+        await asyncio.to_thread(entered.wait, 10)
+        assert running._open == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert running._open == 0
+        leave.set()
+
+    run(engine, work)
+
+
+def test_a_drain_lets_answers_finish_and_admits_none(engine):
+    slow_down(engine, 0.01)
+
+    async def work(running):
+        stream = await running.submit([ids(5)], [SamplingParams(max_tokens=20)] * 6)
+        drain = asyncio.create_task(running.drain(30))
+        await asyncio.sleep(0.02)
+        with pytest.raises(DrainingError):
+            await running.submit([ids(5)], [SamplingParams()])
+        outputs = await read(stream)
+        await asyncio.wait_for(drain, 1)
+        return [len(output.token_ids) for output in outputs]
+
+    assert run(engine, work) == [20] * 6
+
+
+def test_a_drain_aborts_what_is_not_done_in_time(engine):
+    slow_down(engine, 0.02)
+
+    async def work(running):
+        stream = await running.submit([ids(5)], [SamplingParams(max_tokens=100)] * 6)
+        await running.drain(0.2)
+        return await read(stream)
+
+    outputs = run(engine, work)
+    assert [output.finish_reason for output in outputs] == ["abort"] * 6
+    assert 0 < len(outputs[0].token_ids) < 100
+
+
+def test_a_step_that_fails_ends_every_stream_and_everything_after_it(engine):
+    async def work(running):
+        streams = [await running.submit([ids(5)], [SamplingParams(max_tokens=100)]) for _ in range(3)]
+        async for _ in streams[0]:
+            break
+        engine.step = None  # calling it raises TypeError
+        for stream in streams:
+            with pytest.raises(DeadError, match="the engine has died: TypeError: 'NoneType'"):
+                await read(stream)
+        await running.death()
+        with pytest.raises(DeadError):
+            await running.submit([ids(5)], [SamplingParams()])
+        await running.drain(5)
+        return running.error
+
+    assert isinstance(run(engine, work).__cause__, TypeError)
+    assert not any(thread.name == "engine" for thread in threading.enumerate())
+
+
+def test_the_listener_hears_all_and_the_stats_are_those_of_the_last_step(engine):
+    heard = []
+
+    async def work(running):
+        (output,) = await read(await running.submit(["hello"], [SamplingParams(max_tokens=5)]))
+        assert running.stats.prompt_tokens == 5 and running.stats.running == 0
+        return output
+
+    output = run(engine, work, listener=lambda now, events: heard.extend((now, *event) for event in events))
+    assert [event.token_id for *_, event in heard] == output.token_ids
+    assert [now for now, *_ in heard] == sorted(now for now, *_ in heard)
