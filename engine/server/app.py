@@ -1,0 +1,134 @@
+"""The routes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from ..async_engine import AsyncEngine
+from ..engine import InferenceEngine
+from . import responses as out
+from .chat import complete_chat
+from .completions import complete
+from .errors import APIError, add_handlers, documented
+from .events import ClientLeft
+from .generate import generate, generate_stream
+from .guard import Guard
+from .metrics import Metrics
+from .protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    TokenizeRequest,
+)
+from .served_model import ServedModel
+
+STREAMED = {200: {"description": "Or server-sent events", "content": {"text/event-stream": {}}}}
+
+
+def make_app(
+    engine: InferenceEngine, names: Sequence[str], *, api_keys: Sequence[str] = (), max_waiting: int = 1024
+) -> FastAPI:
+    """The server of one engine, which it runs from its start-up to its shutdown; `state.engine` is its AsyncEngine.
+
+    names:     what clients may call the model
+    api_keys:  one of them must come with every request but those of /health; without any, none is asked for
+    """
+    metrics = Metrics(names[0])
+    running = AsyncEngine(engine, max_waiting=max_waiting, listener=metrics.record)
+    served = ServedModel(running, names)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        running.start()
+        yield
+        await running.stop()
+
+    app = FastAPI(
+        title="micro-vllm",
+        version=version("micro-vllm"),
+        lifespan=lifespan,
+        responses=documented(400, 401, 404, 413, 429, 500, 503),
+    )
+    app.state.engine = running
+    app.add_middleware(Guard, api_keys=api_keys)
+    add_handlers(app)
+
+    @app.exception_handler(ClientLeft)
+    async def client_left(request: Request, error: ClientLeft) -> Response:
+        return Response(status_code=499)  # nobody reads it; nginx's number for this
+
+    @app.post("/v1/completions", response_model=out.Completion, responses=STREAMED)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """OpenAI's completions."""
+        return _answer(await complete(body, served, request.receive))
+
+    @app.post("/v1/chat/completions", response_model=out.ChatCompletion, responses=STREAMED)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """OpenAI's chat completions."""
+        return _answer(await complete_chat(body, served, request.receive))
+
+    @app.post("/generate", response_model=out.Generated)
+    async def generate_whole(body: GenerateRequest, request: Request) -> Response:
+        """A completion with the engine's own defaults: greedy, 256 tokens."""
+        return _answer(await generate(body, served, request.receive))
+
+    @app.post("/generate_stream", response_model=out.GeneratedToken, responses=STREAMED)
+    async def generate_events(body: GenerateRequest) -> Response:
+        """The same as server-sent events: one a token, the last one with the usage, then [DONE]."""
+        return await generate_stream(body, served)
+
+    @app.get("/v1/models")
+    async def models() -> out.ModelList:
+        return out.ModelList(object="list", data=[_card(name) for name in names])
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> out.ModelCard:
+        served.check_name(name)
+        return _card(name)
+
+    def _card(name: str) -> out.ModelCard:
+        return out.ModelCard(
+            id=name, object="model", created=served.created, owned_by="micro-vllm", max_model_len=engine.max_model_len
+        )
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> out.Tokenized:
+        served.check_name(body.model)
+        tokens = await served.encode(body.text_or_chat(), "messages" if body.prompt is None else "prompt")
+        return out.Tokenized(count=len(tokens), max_model_len=engine.max_model_len, tokens=tokens)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> out.Detokenized:
+        body.refuse_unsupported()
+        served.check_name(body.model)
+        if engine.tokenizer is None:
+            raise APIError(400, "this checkpoint has no tokenizer")
+        return out.Detokenized(prompt=engine.tokenizer.decode(body.tokens))
+
+    @app.get("/version")
+    async def show_version() -> out.Version:
+        return out.Version(version=version("micro-vllm"))
+
+    @app.get("/health", response_class=PlainTextResponse)
+    async def health() -> str:
+        if running.error is not None:
+            raise APIError.of(running.error)
+        return ""
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def show_metrics() -> Response:
+        return Response(metrics.text(running.stats), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _answer(answer: Response | out.BaseModel) -> Response:
+    """A body that was just made is not validated again."""
+    return answer if isinstance(answer, Response) else Response(answer.model_dump_json(), media_type="application/json")

@@ -1,0 +1,111 @@
+"""POST /v1/completions: texts that go on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.types import Receive
+
+from ..async_engine import Stream
+from ..outputs import RequestOutput, StepOutput
+from .errors import APIError
+from .events import DONE, EventStream, frame
+from .logprobs import CompletionLogprobsWriter
+from .protocol import CompletionRequest
+from .responses import Completion, CompletionChoice
+from .served_model import ServedModel, UsageSum, check
+
+
+async def complete(body: CompletionRequest, served: ServedModel, receive: Receive) -> Completion | EventStream:
+    head = served.head(body.model, "cmpl") | {"object": "text_completion"}
+    if body.echo and body.stream and body.logprobs is not None:
+        raise APIError(400, "echo with logprobs is not supported in a stream", param="echo")
+    changes: dict[str, Any] = {"logprobs": body.logprobs}
+    if body.echo:
+        changes["prompt_logprobs"] = body.logprobs
+        if _echo_only(body):
+            changes["max_tokens"] = 1  # the engine generates something; it is not shown
+    params = body.all_params(**changes)
+    stream = await served.submit(body.prompt, params, "prompt")
+    answer = _Answer(body, served, stream, head, len(params))
+    if body.stream:
+        return EventStream(stream, answer.events())
+    return answer.whole(await served.outputs(stream, receive))
+
+
+def _echo_only(body: CompletionRequest) -> bool:
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return bool(body.echo) and limit == 0
+
+
+class _Answer:
+    """n: answers to each prompt"""
+
+    def __init__(self, body: CompletionRequest, served: ServedModel, stream: Stream, head: dict[str, Any], n: int):
+        self._body, self._tokenizer, self._stream, self._head, self._n = body, served.tokenizer, stream, head, n
+        self._generated = not _echo_only(body)
+        self._usage = UsageSum(n, generated=self._generated)
+
+    def whole(self, outputs: list[RequestOutput]) -> Completion:
+        choices = []
+        for index, output in enumerate(outputs):
+            self._usage.add(index, output)
+            text = self._echoed(index) + (output.text if self._generated else "")
+            choices.append(self._choice(index, text, self._logprobs(index, output), output.finish_reason))
+        return Completion(**self._head, choices=choices, usage=self._usage.body())
+
+    async def events(self) -> AsyncIterator[bytes]:
+        count = len(self._stream.prompts) * self._n
+        writers = [CompletionLogprobsWriter(self._tokenizer) for _ in range(count)]
+        unseen = set(range(count))
+        nothing = {"usage": None} if self._body.wants_usage else {}
+        async for events in self._stream:
+            frames = []
+            for index, event in events:
+                if event.output is not None:
+                    self._usage.add(index, event.output)
+                    if event.output.error is not None:
+                        yield b"".join(frames)
+                        check(event.output)
+                text = event.text if self._generated else ""
+                if index in unseen:
+                    unseen.remove(index)
+                    text = self._echoed(index) + text
+                choice = self._choice(index, text, self._token_logprobs(writers[index], event), _reason(event))
+                frames.append(frame(Completion(**self._head, choices=[choice], **nothing)))
+            yield b"".join(frames)
+        if self._body.wants_usage:
+            yield frame(Completion(**self._head, choices=[], usage=self._usage.body()))
+        yield DONE
+
+    @staticmethod
+    def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> CompletionChoice:
+        return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
+
+    def _echoed(self, index: int) -> str:
+        if not self._body.echo:
+            return ""
+        prompt = self._body.prompt[index // self._n]
+        if isinstance(prompt, str):
+            return prompt
+        return self._tokenizer.decode(prompt) if self._tokenizer is not None else ""
+
+    def _logprobs(self, index: int, output: RequestOutput) -> Any:
+        if self._body.logprobs is None:
+            return None
+        token_ids = output.token_ids if self._generated else []
+        entries = list(output.logprobs) if self._generated else []
+        if self._body.echo:
+            token_ids = self._stream.prompts[index // self._n] + token_ids
+            entries = output.prompt_logprobs + entries
+        return CompletionLogprobsWriter(self._tokenizer).write(token_ids, entries)
+
+    def _token_logprobs(self, writer: CompletionLogprobsWriter, event: StepOutput) -> Any:
+        if self._body.logprobs is None or event.logprobs is None:
+            return None
+        return writer.write([event.token_id], [event.logprobs])
+
+
+def _reason(event: StepOutput) -> str | None:
+    return None if event.output is None else event.output.finish_reason

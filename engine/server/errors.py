@@ -1,0 +1,108 @@
+"""What went wrong, in the shape of OpenAI's API."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from ..async_engine import DeadError, DrainingError, OverloadedError
+
+RETRY_AFTER = "1"
+"""Seconds, for 429 and 503."""
+
+LONGEST_MESSAGE = 1000
+"""Characters: a message may quote what the client sent."""
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class APIError(Exception):
+    """An answer that is an error.
+
+    status:  of HTTP.   param: the parameter that is at fault.   code: a word for programs
+    """
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    @classmethod
+    def of(cls, error: ValueError | OverloadedError | DrainingError | DeadError, field: str | None = None) -> APIError:
+        """What the engine refuses or fails with.
+
+        field: the parameter at fault, where a ValueError's message does not begin with another's name
+        """
+        if isinstance(error, ValueError):
+            named = re.match(r"(?:a token(?: id)? of )?(\w+)[=\[]|token id \d+ of (?!the )(\w+)", str(error))
+            return cls(400, str(error), param=(named[1] or named[2]) if named else field)
+        if isinstance(error, OverloadedError):
+            return cls(429, str(error), code="overloaded")
+        return cls(503, str(error), code="engine_dead" if isinstance(error, DeadError) else "shutting_down")
+
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        message = self.message[:LONGEST_MESSAGE].encode(errors="replace").decode()
+        param = self.param and self.param[:LONGEST_MESSAGE].encode(errors="replace").decode()
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+
+    def response(self) -> Response:
+        headers = {"Retry-After": RETRY_AFTER} if self.status in (429, 503) else {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return Response(json.dumps(self.body()), self.status, headers, "application/json")
+
+
+def _of_validation(error: RequestValidationError) -> APIError:
+    """Names the first field that is wrong and what is wrong with it, and quotes nothing of the body."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return APIError(400, f"the body is not JSON: {first['ctx']['error']}")
+    where = [str(part) for part in first["loc"][1:]]
+    if not where:
+        return APIError(400, "the body must be a JSON object, with Content-Type: application/json")
+    message = first["msg"].removeprefix("Value error, ")
+    return APIError(400, f"{'.'.join(where)}: {message}", param=where[0])
+
+
+def add_handlers(app: FastAPI) -> None:
+    @app.exception_handler(APIError)
+    async def api_error(request: Request, error: APIError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError) -> Response:
+        return _of_validation(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        response = APIError(error.status_code, str(error.detail)).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> Response:
+        return APIError(500, "an internal fault of the server, see its log").response()
+
+
+def documented(*statuses: int) -> Mapping[int | str, dict[str, Any]]:
+    """The errors of a route, for /docs."""
+    error = {
+        "type": "object",
+        "properties": {
+            "message": {"type": "string"},
+            "type": {"type": "string"},
+            "param": {"type": "string", "nullable": True},
+            "code": {"type": "string", "nullable": True},
+        },
+    }
+    schema = {"type": "object", "properties": {"error": error}}
+    return {
+        status: {"description": "An error", "content": {"application/json": {"schema": schema}}} for status in statuses
+    }

@@ -1,0 +1,82 @@
+"""A real server on a real socket, in a thread of the tests, around a small random model that they can reach into."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import uvicorn
+from microvllm import InferenceEngine
+from microvllm.engine.async_engine import AsyncEngine
+from microvllm.engine.server.app import make_app
+
+from ..test_engine import assert_at_rest
+
+
+def send(connection: socket.socket, path: str, body: dict[str, Any]) -> None:
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
+
+
+@dataclass
+class SmallServer:
+    engine: InferenceEngine
+    running: AsyncEngine
+    port: int
+    client: httpx.Client = field(init=False)
+
+    def __post_init__(self):
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+
+    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        return self.client.post(path, json=body, **options)
+
+    def connect(self, path: str, body: dict[str, Any]) -> socket.socket:
+        """A connection on which a request has been sent."""
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        send(connection, path, body)
+        return connection
+
+    def assert_serves(self) -> None:
+        """The canary."""
+        answer = self.post("/v1/completions", {"prompt": "hello", "max_tokens": 3, "ignore_eos": True})
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
+
+    def assert_comes_to_rest(self, seconds: float = 5) -> None:
+        deadline = time.monotonic() + seconds
+        while self.running._open and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert self.running._open == 0
+        assert_at_rest(self.engine)
+
+
+@contextmanager
+def serving(engine: InferenceEngine, **options: Any) -> Iterator[SmallServer]:
+    """options: of make_app"""
+    app = make_app(engine, ["small", "other/name"], **options)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        # What a client does not read is soon felt here.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        server = uvicorn.Server(uvicorn.Config(app, http="h11", log_level="error", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        small = SmallServer(engine, app.state.engine, listener.getsockname()[1])
+        try:
+            yield small
+        finally:
+            small.client.close()
+            server.should_exit = True
+            thread.join()
