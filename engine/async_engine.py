@@ -17,6 +17,9 @@ from .outputs import StepOutput
 
 T = TypeVar("T")
 
+STOP_SECONDS = 10.0
+"""How long `stop` waits for the step that runs."""
+
 
 class OverloadedError(RuntimeError):
     """As many requests wait as may; later there is room again."""
@@ -116,9 +119,9 @@ class AsyncEngine:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the threads; what is still open fails."""
+        """Ends the threads; what is still open fails. A step that does not end is left to end with the process."""
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, STOP_SECONDS)
         self._encoder.shutdown(wait=False, cancel_futures=True)
         for stream in self._streams:
             stream._fail(DeadError("the engine has stopped"))

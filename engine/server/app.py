@@ -9,6 +9,7 @@ from importlib.metadata import version
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 
 from ..async_engine import AsyncEngine
 from ..engine import InferenceEngine
@@ -20,13 +21,7 @@ from .events import ClientLeft
 from .generate import generate, generate_stream
 from .guard import Guard
 from .metrics import Metrics
-from .protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerateRequest,
-    TokenizeRequest,
-)
+from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .served_model import ServedModel
 
 STREAMED = {200: {"description": "Or server-sent events", "content": {"text/event-stream": {}}}}
@@ -129,6 +124,6 @@ def make_app(
     return app
 
 
-def _answer(answer: Response | out.BaseModel) -> Response:
+def _answer(answer: Response | BaseModel) -> Response:
     """A body that was just made is not validated again."""
     return answer if isinstance(answer, Response) else Response(answer.model_dump_json(), media_type="application/json")

@@ -15,7 +15,7 @@ from .events import DONE, EventStream, frame
 from .logprobs import chat_logprobs
 from .protocol import ChatRequest
 from .responses import AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatLogprobs, Delta
-from .served_model import ServedModel, UsageSum, check
+from .served_model import ServedModel, UsageSum, sound_events
 
 
 async def complete_chat(body: ChatRequest, served: ServedModel, receive: Receive) -> ChatCompletion | EventStream:
@@ -56,14 +56,11 @@ class _Answer:
 
     async def events(self) -> AsyncIterator[bytes]:
         unseen = set(range(self._n))
-        async for events in self._stream:
+        async for events in sound_events(self._stream):
             frames = []
             for index, event in events:
                 if event.output is not None:
                     self._usage.add(index, event.output)
-                    if event.output.error is not None:
-                        yield b"".join(frames)
-                        check(event.output)
                 if index in unseen:
                     # With its first token, whose time a client that waits for the first event wants to know.
                     unseen.remove(index)

@@ -13,8 +13,8 @@ from .errors import APIError
 from .events import DONE, EventStream, frame
 from .logprobs import CompletionLogprobsWriter
 from .protocol import CompletionRequest
-from .responses import Completion, CompletionChoice
-from .served_model import ServedModel, UsageSum, check
+from .responses import Completion, CompletionChoice, CompletionLogprobs
+from .served_model import ServedModel, UsageSum, sound_events
 
 
 async def complete(body: CompletionRequest, served: ServedModel, receive: Receive) -> Completion | EventStream:
@@ -60,19 +60,17 @@ class _Answer:
         writers = [CompletionLogprobsWriter(self._tokenizer) for _ in range(count)]
         unseen = set(range(count))
         nothing = {"usage": None} if self._body.wants_usage else {}
-        async for events in self._stream:
+        async for events in sound_events(self._stream):
             frames = []
             for index, event in events:
                 if event.output is not None:
                     self._usage.add(index, event.output)
-                    if event.output.error is not None:
-                        yield b"".join(frames)
-                        check(event.output)
+                reason = None if event.output is None else event.output.finish_reason
                 text = event.text if self._generated else ""
                 if index in unseen:
                     unseen.remove(index)
                     text = self._echoed(index) + text
-                choice = self._choice(index, text, self._token_logprobs(writers[index], event), _reason(event))
+                choice = self._choice(index, text, self._token_logprobs(writers[index], event), reason)
                 frames.append(frame(Completion(**self._head, choices=[choice], **nothing)))
             yield b"".join(frames)
         if self._body.wants_usage:
@@ -80,7 +78,7 @@ class _Answer:
         yield DONE
 
     @staticmethod
-    def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> CompletionChoice:
+    def _choice(index: int, text: str, logprobs: CompletionLogprobs | None, reason: str | None) -> CompletionChoice:
         return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
 
     def _echoed(self, index: int) -> str:
@@ -91,7 +89,7 @@ class _Answer:
             return prompt
         return self._tokenizer.decode(prompt) if self._tokenizer is not None else ""
 
-    def _logprobs(self, index: int, output: RequestOutput) -> Any:
+    def _logprobs(self, index: int, output: RequestOutput) -> CompletionLogprobs | None:
         if self._body.logprobs is None:
             return None
         token_ids = output.token_ids if self._generated else []
@@ -101,11 +99,7 @@ class _Answer:
             entries = output.prompt_logprobs + entries
         return CompletionLogprobsWriter(self._tokenizer).write(token_ids, entries)
 
-    def _token_logprobs(self, writer: CompletionLogprobsWriter, event: StepOutput) -> Any:
+    def _token_logprobs(self, writer: CompletionLogprobsWriter, event: StepOutput) -> CompletionLogprobs | None:
         if self._body.logprobs is None or event.logprobs is None:
             return None
         return writer.write([event.token_id], [event.logprobs])
-
-
-def _reason(event: StepOutput) -> str | None:
-    return None if event.output is None else event.output.finish_reason

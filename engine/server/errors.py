@@ -98,8 +98,8 @@ def documented(*statuses: int) -> Mapping[int | str, dict[str, Any]]:
         "properties": {
             "message": {"type": "string"},
             "type": {"type": "string"},
-            "param": {"type": "string", "nullable": True},
-            "code": {"type": "string", "nullable": True},
+            "param": {"type": ["string", "null"]},
+            "code": {"type": ["string", "null"]},
         },
     }
     schema = {"type": "object", "properties": {"error": error}}

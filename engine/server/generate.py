@@ -11,7 +11,7 @@ from ..outputs import RequestOutput
 from .events import DONE, EventStream, frame
 from .protocol import GenerateRequest
 from .responses import Generated, GeneratedToken, usage_body
-from .served_model import ServedModel, check
+from .served_model import ServedModel, sound_events
 
 
 async def generate(body: GenerateRequest, served: ServedModel, receive: Receive) -> Generated:
@@ -26,12 +26,11 @@ async def generate_stream(body: GenerateRequest, served: ServedModel) -> EventSt
 
 
 async def _events(stream: Stream) -> AsyncIterator[bytes]:
-    async for events in stream:
+    async for events in sound_events(stream):
         for _, event in events:
             if event.output is None:
                 yield frame(GeneratedToken(token_id=event.token_id, text=event.text))
             else:
-                check(event.output)
                 yield frame(_generated(event.output, event.text))
     yield DONE
 

@@ -206,7 +206,7 @@ class Message(Body):
 
     def for_template(self) -> dict[str, str]:
         for name, value in (self.model_extra or {}).items():
-            if value not in (None, [], ""):
+            if value not in (None, [], "") and (name, value) != ("type", "text"):  # lm-eval's
                 raise APIError(400, f"{name} of a message is not supported", param="messages")
         role = "system" if self.role == "developer" else self.role
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)

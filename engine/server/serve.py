@@ -38,7 +38,7 @@ class Server(uvicorn.Server):
         self._watch.cancel()
         drain = asyncio.create_task(self.engine.drain(self._shutdown_timeout))
         await super().shutdown(sockets)
-        await drain
+        drain.cancel()  # it is done, unless a second Ctrl-C has cut it short
 
     async def _stop_after_death(self) -> None:
         await self.engine.death()

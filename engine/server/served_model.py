@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.types import Receive
 
 from ...model.sampling_params import SamplingParams
+from ...model.tokenizer import Tokenizer
 from ..async_engine import AsyncEngine, DeadError, DrainingError, OverloadedError, Stream
 from ..engine import Prompt
-from ..outputs import RequestOutput
+from ..outputs import RequestOutput, StepOutput
 from .errors import APIError
 from .events import while_connected
 from .responses import UsageBody, usage_body
@@ -26,7 +27,7 @@ class ServedModel:
         self.created = int(time.time())
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer | None:
         return self.engine.engine.tokenizer
 
     def head(self, name: str | None, prefix: str) -> dict[str, Any]:
@@ -61,20 +62,21 @@ class ServedModel:
             stream.close()
 
 
+async def sound_events(stream: Stream) -> AsyncIterator[list[tuple[int, StepOutput]]]:
+    """The stream's items, up to a request that fails by itself, while the engine goes on: then APIError."""
+    async for events in stream:
+        for place, (_, event) in enumerate(events):
+            if event.output is not None and event.output.error is not None:
+                yield events[:place]
+                raise APIError(500, event.output.error, code="generation_failed")
+        yield events
+
+
 async def _collect(stream: Stream) -> list[RequestOutput]:
     outputs: dict[int, RequestOutput] = {}
-    async for events in stream:
-        for index, event in events:
-            if event.output is not None:
-                check(event.output)
-                outputs[index] = event.output
+    async for events in sound_events(stream):
+        outputs |= {index: event.output for index, event in events if event.output is not None}
     return [outputs[index] for index in sorted(outputs)]
-
-
-def check(output: RequestOutput) -> None:
-    """APIError where the request failed by itself, while the engine goes on."""
-    if output.error is not None:
-        raise APIError(500, output.error, code="generation_failed")
 
 
 class UsageSum:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import socket
 import statistics
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -205,6 +208,7 @@ def test_after_the_timeout_answers_are_cut_short(start):
 
 def test_the_engines_death_is_told_and_ends_the_process(start):
     dying = SLOW.replace("time.sleep(0.03)", "if engine.has_work: raise RuntimeError('the GPU is gone')")
+    dying = "from microvllm.engine.server import serve\nserve.DEATH_SECONDS = 1\n" + dying
     server = start(program=[sys.executable, "-c", dying])
     assert httpx.get(f"{server.url}/health").status_code == 200
     answer = httpx.post(f"{server.url}/generate", json={"prompt": "a"})
@@ -224,3 +228,13 @@ def test_prompts_are_not_logged(plain):
     httpx.post(f"{plain.url}/generate", json={"prompt": "my secret", "max_tokens": 1}).raise_for_status()
     assert httpx.post(f"{plain.url}/generate", json={"prompt": "my secret" * 50}).status_code == 400
     assert "POST /generate" in plain.log() and "secret" not in plain.log()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_readmes_curl_commands_run(plain):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = re.findall(r"```sh\n(curl.*?)```", readme, re.DOTALL)
+    commands = block.replace("http://127.0.0.1:8000", plain.url).replace("curl ", "curl --silent --fail ")
+    answers = subprocess.run(["bash", "-ec", commands], capture_output=True, text=True, check=True).stdout
+    assert answers.startswith('data: {"id":"chatcmpl-') and "data: [DONE]" in answers
+    assert answers.rstrip().splitlines()[-1].startswith('{"text":')
