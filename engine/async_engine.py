@@ -141,7 +141,7 @@ class AsyncEngine:
         self._reserve(count)
         try:
             for prompt in prompts:
-                requests = await self._encoded(self._prepare, prompt, params)
+                requests = await self._in_encoder(self._prepare, prompt, params)
                 stream.prompts.append(requests[0].prompt)
                 stream._requests += requests
             self._check_open()
@@ -155,7 +155,13 @@ class AsyncEngine:
 
     async def encode(self, prompt: Prompt) -> list[int]:
         """The prompt's token ids; ValueError as from the engine's `encode`."""
-        return await self._encoded(self.engine.encode, prompt)
+        return await self._in_encoder(self.engine.encode, prompt)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """Their text; ValueError where the model has no tokenizer."""
+        if self.engine.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer")
+        return await self._in_encoder(self.engine.tokenizer.decode, token_ids)
 
     async def drain(self, timeout: float) -> None:
         """Takes nothing more in, and waits until all is answered; what is not after so many seconds is aborted."""
@@ -170,7 +176,7 @@ class AsyncEngine:
         """Returns when the engine has died."""
         await self._died.wait()
 
-    async def _encoded(self, function: Callable[..., T], *arguments: object) -> T:
+    async def _in_encoder(self, function: Callable[..., T], *arguments: object) -> T:
         return await self._loop.run_in_executor(self._encoder, function, *arguments)
 
     def _check_open(self) -> None:

@@ -386,7 +386,7 @@ class InferenceEngine:
         del self._requests[seq.id]
         if request.detokenizer is not None:
             piece += request.detokenizer.finish()
-        events = (request.first_step_time, request.first_token_time, now)
+        moments = (request.first_step_time, request.first_token_time, now)
         output = RequestOutput(
             request_id=seq.id,
             prompt=request.prompt,
@@ -394,7 +394,7 @@ class InferenceEngine:
             token_ids=seq.output_ids,
             finish_reason=seq.finish_reason,
             usage=Usage(seq.num_prompt, seq.num_generated, min(seq.num_cached or 0, seq.num_prompt)),
-            timings=Timings(*(None if event is None else event - seq.arrival_time for event in events)),
+            timings=Timings(*(None if moment is None else moment - seq.arrival_time for moment in moments)),
             logprobs=seq.logprobs if seq.params.logprobs is not None else None,
             prompt_logprobs=[None, *seq.prompt_logprobs] if seq.params.prompt_logprobs is not None else None,
             error="the model's logits were not numbers (NaN or infinite)" if seq.finish_reason == "error" else None,

@@ -144,6 +144,14 @@ def test_closing_frees_the_blocks_before_the_next_step(engine, after):
     assert run(engine, work) <= 1
 
 
+def test_texts_and_their_tokens(engine):
+    async def work(running):
+        tokens = await running.encode("hello")
+        return tokens, await running.decode(tokens)
+
+    assert run(engine, work) == (engine.tokenizer.encode("hello"), "hello")
+
+
 def test_a_prompt_that_cannot_be_served_takes_nothing(engine):
     async def work(running):
         for prompts, message in (([ids(5), ids(500)], "is too long"), (["a", ""], "is empty"), ([[-1]], "token id -1")):

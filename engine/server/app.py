@@ -96,16 +96,21 @@ def make_app(
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> out.Tokenized:
         served.check_name(body.model)
-        tokens = await served.encode(body.text_or_chat(), "messages" if body.prompt is None else "prompt")
+        prompt = body.text_or_chat()
+        try:
+            tokens = await running.encode(prompt)
+        except ValueError as error:
+            raise APIError.of(error, "prompt" if isinstance(prompt, str) else "messages") from None
         return out.Tokenized(count=len(tokens), max_model_len=engine.max_model_len, tokens=tokens)
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> out.Detokenized:
         body.refuse_unsupported()
         served.check_name(body.model)
-        if engine.tokenizer is None:
-            raise APIError(400, "this checkpoint has no tokenizer")
-        return out.Detokenized(prompt=engine.tokenizer.decode(body.tokens))
+        try:
+            return out.Detokenized(prompt=await running.decode(body.tokens))
+        except ValueError as error:
+            raise APIError.of(error) from None
 
     @app.get("/version")
     async def show_version() -> out.Version:

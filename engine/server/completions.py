@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -31,7 +32,10 @@ async def complete(body: CompletionRequest, served: ServedModel, receive: Receiv
     answer = _Answer(body, served, stream, head, len(params))
     if body.stream:
         return EventStream(stream, answer.events())
-    return answer.whole(await served.outputs(stream, receive))
+    outputs = await served.outputs(stream, receive)
+    if body.echo and body.logprobs is not None:  # of a long prompt this is too much to write for the event loop
+        return await asyncio.to_thread(answer.whole, outputs)
+    return answer.whole(outputs)
 
 
 def _echo_only(body: CompletionRequest) -> bool:

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import APIError
 
-MAX_BODY = 8 << 20
+MAX_BODY = 4 << 20
 """Bytes. 131072 token ids are 1 MB of JSON, and as much of the event loop's time as a body may take."""
 
 TOO_LARGE = f"the body is larger than {MAX_BODY} bytes"

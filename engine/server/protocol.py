@@ -24,6 +24,8 @@ MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 """Characters: what may begin a stop string is compared at each token, in the engine's thread."""
+MAX_TOP_LOGPROBS = 20
+"""A token; OpenAI's and vLLM's."""
 MAX_TOKENS_NAMED = 1024
 """Tokens in `logit_bias` and in `stop_token_ids`."""
 
@@ -73,6 +75,7 @@ def _one_or_several(value: Any) -> Any:
 
 Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_one_or_several, str | list[str])]
+TopCount = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 TokenIds = Annotated[list[int], Field(max_length=MAX_TOKENS_NAMED)]
 
 
@@ -111,7 +114,7 @@ class Sampling(Body):
     logit_bias: Bias | None = None
 
     def sampling_params(self, **changes: Any) -> SamplingParams:
-        """ValueError names the field that is wrong."""
+        """APIError names the field that is wrong."""
         self.refuse_unsupported()
         names = Sampling.model_fields
         asked = {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -188,7 +191,7 @@ class CompletionRequest(OpenAISampling):
 
     prompt: Prompts
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: TopCount | None = None
 
 
 class TextPart(BaseModel):
@@ -225,7 +228,7 @@ class ChatRequest(OpenAISampling):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: TopCount | None = None
 
     def chat(self) -> list[dict[str, str]]:
         return [message.for_template() for message in self.messages]

@@ -46,12 +46,6 @@ class ServedModel:
         except (ValueError, OverloadedError, DrainingError, DeadError) as error:
             raise APIError.of(error, field) from error
 
-    async def encode(self, prompt: Prompt, field: str) -> list[int]:
-        try:
-            return await self.engine.encode(prompt)
-        except ValueError as error:
-            raise APIError.of(error, field) from None
-
     async def outputs(self, stream: Stream, receive: Receive) -> list[RequestOutput]:
         """The whole answers, in the order of the requests; ClientLeft, and they are ended, when the client leaves."""
         try:

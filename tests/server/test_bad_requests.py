@@ -105,21 +105,35 @@ def test_a_bad_prompt(server, prompt):
     assert error(answer, 400)["param"] == "prompt"
 
 
+BAD_MESSAGES = [
+    [], "hi", [{"role": "user"}], [{"role": "user", "content": None}], [{"role": "king", "content": "hi"}],
+    [{"role": "user", "content": "\ud800"}], [5],
+    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://localhost:1/x.png"}}]}],
+    [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}],
+]  # fmt: skip
+FOR_CHAT = [None, [{"role": "user", "content": "a" * 200}]]  # a text to tokenize may be longer than the model's
+
+
 @pytest.mark.parametrize(
-    "messages",
-    [
-        None, [], "hi", [{"role": "user"}], [{"role": "user", "content": None}], [{"role": "king", "content": "hi"}],
-        [{"role": "user", "content": "\ud800"}], [{"role": "user", "content": "a" * 200}],
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://localhost:1/x.png"}}]}],
-        [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}], [5],
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
-def test_bad_messages(server, messages, path):
-    if path == "/tokenize" and (messages is None or messages == [{"role": "user", "content": "a" * 200}]):
-        pytest.skip("a text to tokenize may be longer than the model's, and needs no messages")
+    "path, messages",
+    [(CHAT, each) for each in BAD_MESSAGES + FOR_CHAT] + [("/tokenize", each) for each in BAD_MESSAGES],
+)
+def test_bad_messages(server, path, messages):
     answer = server.client.post(path, content=json.dumps({"messages": messages}), headers=JSON)
     assert error(answer, 400)["param"] == "messages"
+
+
+def test_a_text_that_is_far_too_long_is_not_even_tokenized(server):
+    assert server.post("/tokenize", {"prompt": "a" * 200}).json()["count"] == 200
+    longest = MAX_LENGTH * max(len(token.encode()) for token in server.engine.tokenizer._fast.get_vocab())
+    assert "is too long" in error(server.post("/tokenize", {"prompt": "a" * (longest + 1)}), 400)["message"]
+
+
+@pytest.mark.parametrize("path, field", [(COMPLETIONS, "logprobs"), (CHAT, "top_logprobs")])
+@pytest.mark.parametrize("count", [-1, 21, 10**30, "2"])
+def test_a_bad_number_of_logprobs(server, path, field, count):
+    body = {"prompt": "a"} if path == COMPLETIONS else {"messages": HI, "logprobs": True}
+    assert error(server.post(path, body | {field: count}), 400)["param"] == field
 
 
 @pytest.mark.parametrize(
@@ -134,8 +148,6 @@ def test_bad_messages(server, messages, path):
 )  # fmt: skip
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/generate", "/generate_stream", "/tokenize", "/detokenize"])
 def test_a_malformed_body(server, path, body):
-    if path == "/tokenize" and body.endswith(b"1e999}"):
-        pytest.skip("temperature is unknown there, and refused as any other")
     error(server.client.post(path, content=body, headers=JSON), 400)
 
 
