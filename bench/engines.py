@@ -19,6 +19,14 @@ OURS = "micro-vllm"
 MAX_BATCH_SIZE = 256
 SHARE = 0.46
 """Of the GPU's memory for each of two engines on it."""
+VLLM_ENVIRONMENT = {
+    # Where the GPU has been looked for in this process, a fork of it cannot use CUDA.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # FlashInfer's sampler needs a compiler of CUDA at run time.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+"""Unless the user has set these."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +87,8 @@ class VLLM:
     """vLLM's offline engine; CUDA graphs, async scheduling and its token budget are its defaults."""
 
     def __init__(self, model: Model, share: float = SHARE):
-        # Where the GPU has been looked for in this process, a fork of it cannot use CUDA.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        # FlashInfer's sampler needs a compiler of CUDA at run time.
-        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        for name, value in VLLM_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         import vllm
 
         self._params = vllm.SamplingParams
@@ -135,10 +140,10 @@ class Transformers:
 PEERS = {"vllm": VLLM, "transformers": Transformers}
 
 
-def share_beside() -> float:
-    """What to tell our engine beside a peer that is loaded: its share counts whatever else is on the GPU."""
+def share_beside(share: float = SHARE) -> float:
+    """What to tell our engine beside others that are loaded: its share counts whatever else is on the GPU."""
     free, total = torch.cuda.mem_get_info()
-    return min(0.95, 1 - free / total + SHARE)
+    return min(0.95, 1 - free / total + share)
 
 
 def _expect(name: str, lengths: list[int], tokens: int) -> None:
