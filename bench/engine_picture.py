@@ -1,4 +1,4 @@
-"""Pictures of the engine's records: a workload's bars beside the peer's and the floor, and policies side by side."""
+"""Pictures of the engine's records, and of the server's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from .picture import OURS as OUR_COLOUR
 from .picture import PEER_COLOURS
+from .serving_picture import serving_figure
 
 PALE = "#ced4da"
 PART_COLOURS = (OUR_COLOUR, *PEER_COLOURS[:4], *PEER_COLOURS[5:], "#f15bb5", "#606c38", "#7f4f24", "#84dcc6")
@@ -160,5 +161,5 @@ def _ticks(axes: Any, places: Sequence[float], label: str, **style: Any) -> None
     axes.vlines(places, [y - 0.35 for y in bars], [y + 0.35 for y in bars], "black", label=label, **style)
 
 
-FIGURES = {"cases": cases_figure, "policies": policies_figure, "profile": profile_figure}
+FIGURES = {"cases": cases_figure, "policies": policies_figure, "profile": profile_figure, "serving": serving_figure}
 """By the kind that a record says it is."""
