@@ -169,7 +169,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         in_shape = gpu and (options.cases is not None or ways_of_ours)
         options.model = str(SHAPES / "qwen2-7b") if in_shape else "smollm2"
     if options.load_format is None:
-        options.load_format = "dummy" if Path(options.model).resolve().parent == SHAPES.resolve() else "auto"
+        options.load_format = default_load_format(options.model)
     if options.peer == "transformers" and options.load_format == "dummy":
         parser.error("random weights would differ between the engines: dummy weights take no --peer transformers")
     if options.peer and importlib.util.find_spec(options.peer) is None:
@@ -183,6 +183,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return options
+
+
+def default_load_format(model: str) -> str:
+    """bench/shapes has no weights."""
+    return "dummy" if Path(model).resolve().parent == SHAPES.resolve() else "auto"
 
 
 def workloads(options: argparse.Namespace) -> list[Workload]:
