@@ -62,9 +62,10 @@ class Server:
             time.sleep(POLL)
         raise RuntimeError(f"{self.name} was not healthy after {timeout:g} s{self._last_words()}")
 
-    def check(self) -> None:
-        """RuntimeError where the process has ended."""
-        if self._process.poll() is not None:
+    def check(self, patience: float = 0.0) -> None:
+        """RuntimeError where the process has ended, or does within `patience` seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience)
             raise RuntimeError(f"{self.name} ended with exit code {self._process.returncode}{self._last_words()}")
 
     def _last_words(self) -> str:

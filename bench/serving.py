@@ -39,6 +39,8 @@ STREAMS = ("1", "35", "128")
 """Of the named workloads, those that are served on a GPU unless others are asked for."""
 ENGINES_SHARE = 0.92
 """Of the GPU's memory, for all engines on it together."""
+DYING = 1.0
+"""Seconds from the first sign of a server's end to the end of its process."""
 BUSY = 0.8
 """A client that computes for more of the time than this may itself be what is measured."""
 
@@ -56,7 +58,8 @@ class Target:
         prompts = workload.prompts(vocab_size)
         run = complete(self.endpoint, self.model, prompts, workload.tokens, workload.sampling, load)
         if self.server:
-            self.server.check()  # its last words say more than the requests that failed with it
+            # Its last words say more than the requests that failed with it, which may know of its end before we do.
+            self.server.check(DYING if any(answer.error for answer in run.answers) else 0.0)
         return metrics(run, load, goodput)
 
     @classmethod

@@ -28,12 +28,9 @@ class Comparison:
         return median(turn[key] for turn in self.turns[server])
 
     def spread(self, server: str, key: str) -> str:
-        """Half the distance of the extremes, of the median."""
-        return _spread([turn[key] for turn in self.turns[server]])
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"±{(max(values) - min(values)) / 2 / median(values):.1%}"
+        """Half the distance of the extremes, of the median; nothing of a median of 0."""
+        values = [turn[key] for turn in self.turns[server]]
+        return f"±{(max(values) - min(values)) / 2 / median(values):.1%}" if median(values) else ""
 
 
 def rows(comparison: Comparison, peer: str | None) -> list[dict[str, Any]]:
@@ -50,7 +47,9 @@ def rows(comparison: Comparison, peer: str | None) -> list[dict[str, Any]]:
         row |= {"TPOT p99": middle("p99_tpot_ms"), "ITL p99": middle("p99_itl_ms"), "E2EL ms": middle("median_e2el_ms")}
         row |= {"tokens/s": middle("output_throughput"), "±": comparison.spread(server, "output_throughput")}
         if peer:
-            row[f"TPOT × {peer}"] = comparison.median(peer, "median_tpot_ms") / row["TPOT ms"]
+            # A server that sends all tokens in one event takes no time between them.
+            tpot = row["TPOT ms"]
+            row[f"TPOT × {peer}"] = comparison.median(peer, "median_tpot_ms") / tpot if tpot else ""
             row[f"tokens/s × {peer}"] = row["tokens/s"] / comparison.median(peer, "output_throughput")
         if comparison.offline:
             row["of offline"] = f"{row['tokens/s'] / median(comparison.offline):.1%}" if server == OURS else ""
