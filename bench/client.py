@@ -36,7 +36,7 @@ class Endpoint:
 
     def __post_init__(self):
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             raise ValueError(f"{self.url!r} is not the root of a server, as http://127.0.0.1:8000 is")
 
     @property

@@ -63,17 +63,16 @@ class Target:
         return metrics(run, load, goodput)
 
     @classmethod
-    def given(cls, url: str) -> Target:
+    def given(cls, endpoint: Endpoint) -> Target:
         """A server that runs already. RuntimeError where none answers, or it names no model."""
-        endpoint = Endpoint(url, os.environ.get("OPENAI_API_KEY"))
         try:
             status, body = endpoint.get("/v1/models", timeout=10.0)
         except (OSError, http.client.HTTPException) as error:
-            raise RuntimeError(f"there is no server at {url}: {error}") from error
+            raise RuntimeError(f"there is no server at {endpoint.url}: {error}") from error
         try:
             return cls(endpoint, json.loads(body)["data"][0]["id"])
         except (ValueError, LookupError, TypeError) as error:
-            raise RuntimeError(f"{url}/v1/models names no model; its status is {status}") from error
+            raise RuntimeError(f"{endpoint.url}/v1/models names no model; its status is {status}") from error
 
 
 def start(model: Model, options: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Target], Ours | None]:
@@ -126,8 +125,8 @@ def compare(
 def bench(model: Model, vocab_size: int, options: argparse.Namespace) -> int:
     """→ how many requests failed"""
     with ExitStack() as stack:
-        if options.base_url:
-            targets, offline = {options.base_url: Target.given(options.base_url)}, None
+        if options.endpoint:
+            targets, offline = {options.base_url: Target.given(options.endpoint)}, None
         else:
             targets, offline = start(model, options, stack)
         shown, points = [], []
@@ -197,6 +196,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         print(f"{options.peer} is not installed: {OURS} serves alone", flush=True)
         options.peer = None
     try:
+        options.endpoint = Endpoint(options.base_url, os.environ.get("OPENAI_API_KEY")) if options.base_url else None
         options.load = Load(options.request_rate, options.max_concurrency, options.seed, options.timeout)
         options.goodput = goodput(options.goodput)
         options.workloads = workloads(options)

@@ -581,6 +581,7 @@ class TestCommand:
             (["--cases", "prefill-35"], "'prefill-35' has one"),
             (["--base-url", "http://127.0.0.1:1"], "of a --model that it is given"),
             (["--base-url", "http://127.0.0.1:1", "--model", "m", "--offline"], "neither --peer nor --offline"),
+            (["--base-url", "127.0.0.1:1", "--model", "m"], "'127.0.0.1:1' is not the root of a server"),
             (["--offline", "--request-rate", "3"], "neither --request-rate nor"),
             (["--request-rate", "0"], "a request rate is over 0"),
             (["--goodput", "ttft"], "--goodput takes NAME:MS, as in ttft:200, and not 'ttft'"),
