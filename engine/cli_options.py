@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..kernels.kernel_set import OPS, KernelSet
+from ..model.checkpoint import LOAD_FORMATS
 from ..model.sampling_params import SamplingParams
 from .config import DTYPES, EngineConfig
 from .engine import InferenceEngine
@@ -103,6 +104,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that answers have to finish after SIGTERM (default: %(default)g)",
     )
+    add("--load-format", default="auto", choices=LOAD_FORMATS, help="dummy: small random weights for a config.json")
     add("--max-num-seqs", type=int, default=128, metavar="N", help="requests that run at once (default: %(default)s)")
     add(
         "--max-num-batched-tokens",

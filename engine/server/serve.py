@@ -83,6 +83,7 @@ def _cannot_listen(options: argparse.Namespace, error: OSError | OverflowError) 
 def _server(options: argparse.Namespace, listener: socket.socket) -> Server:
     engine = load_engine(
         options,
+        load_format=options.load_format,
         max_batch_size=options.max_num_seqs,
         max_prefill_tokens=options.max_num_batched_tokens,
         gpu_memory_utilization=options.gpu_memory_utilization,
