@@ -16,6 +16,7 @@ from .cli_options import (
     MODEL_HELP,
     add_device_options,
     add_engine_options,
+    add_model_option,
     add_sampling_options,
     add_server_options,
     load_engine,
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="complete one or more prompts", description="Completes prompts.")
     generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text to continue; several run as one batch")
     generate.add_argument("--chat", action="store_true", help="ask it as a chat message, in the model's chat template")
-    generate.add_argument("--model", default="smollm2", metavar="MODEL", help=MODEL_HELP)
+    add_model_option(generate)
     add_engine_options(generate)
     add_sampling_options(generate)
     generate.set_defaults(run=_generate)
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Talks with a model. Ctrl-C stops an answer, Ctrl-D or /exit ends.",
     )
     chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
-    chat.add_argument("--model", default="smollm2", metavar="MODEL", help=MODEL_HELP)
+    add_model_option(chat)
     add_engine_options(chat)
     add_sampling_options(chat)
     chat.set_defaults(run=_chat)

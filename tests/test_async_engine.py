@@ -99,11 +99,11 @@ def test_a_stream_that_nobody_reads_holds_up_no_other(engine):
 
 
 def test_the_event_loop_does_not_wait_for_a_step_or_for_a_prompt_to_be_encoded(engine):
-    steps = slow_down(engine, 0.2)
+    steps = slow_down(engine, 0.4)
     encode = engine.encode
 
     def slow_encode(prompt):
-        time.sleep(0.3)
+        time.sleep(0.4)
         return encode(prompt)
 
     engine.encode = slow_encode
@@ -123,7 +123,7 @@ def test_the_event_loop_does_not_wait_for_a_step_or_for_a_prompt_to_be_encoded(e
         ticking.cancel()
         return longest
 
-    assert run(engine, work) < 0.15 and len(steps) == 3
+    assert run(engine, work) < 0.3 and len(steps) == 3
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
@@ -170,7 +170,7 @@ def test_overload_is_refused_at_once_and_what_was_admitted_finishes(engine):
         before = time.monotonic()
         with pytest.raises(OverloadedError, match="6 requests run or wait, and 8 may"):
             await running.submit([ids(5)] * 3, [SamplingParams(max_tokens=10)])
-        assert time.monotonic() - before < 0.01
+        assert time.monotonic() - before < 0.05
         with pytest.raises(ValueError, match="9 requests at once are too many: at most 8"):
             await running.submit([ids(5)] * 9, [SamplingParams()])
         streams.append(await running.submit([ids(5)] * 2, [SamplingParams(max_tokens=10)]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import signal
 import socket
 import sys
@@ -42,6 +43,7 @@ class Server(uvicorn.Server):
 
     async def _stop_after_death(self) -> None:
         await self.engine.death()
+        logging.getLogger("uvicorn.error").error("The engine has died", exc_info=self.engine.error)
         await asyncio.sleep(DEATH_SECONDS)
         self.should_exit = True
 

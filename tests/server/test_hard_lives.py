@@ -48,7 +48,7 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_step(make_engine, path, 
             time.sleep(0.022 * steps)
             assert server.running._open
             connection.close()
-            server.assert_comes_to_rest(0.25)
+            server.assert_comes_to_rest(0.5)  # to their ends they would take a second
         server.assert_serves()
 
 

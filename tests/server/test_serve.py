@@ -215,7 +215,8 @@ def test_the_engines_death_is_told_and_ends_the_process(start):
     assert answer.status_code == 503
     assert httpx.get(f"{server.url}/health").status_code == 503
     assert server.process.wait(15) == 1
-    assert "micro-vllm: the engine has died: RuntimeError: the GPU is gone" in server.log()
+    log = server.log()
+    assert "Traceback" in log and log.endswith("micro-vllm: the engine has died: RuntimeError: the GPU is gone\n")
 
 
 def test_a_second_server_on_the_port_is_refused_and_the_first_goes_on(plain, capsys):
