@@ -63,6 +63,7 @@ def test_flags_reach_the_engine(monkeypatch):
     monkeypatch.setattr("microvllm.engine.cli_options.InferenceEngine", build)
     flags = "--dtype float16 --max-model-len 100 --max-num-seqs 5 --max-num-batched-tokens 64 --block-size 32 --seed 3"
     flags += " --gpu-memory-utilization 0.5 --no-enable-prefix-caching --enforce-eager --scheduling-policy fcfs --quiet"
+    flags += " --load-format dummy"
     assert main(["serve", "m", "--port", "0", "--device", "cpu", *flags.split()]) == 2
     ((model, options),) = built
     options.pop("kernels")
@@ -72,6 +73,7 @@ def test_flags_reach_the_engine(monkeypatch):
             "device": "cpu",
             "dtype": "float16",
             "max_model_len": 100,
+            "load_format": "dummy",
             "max_batch_size": 5,
             "max_prefill_tokens": 64,
             "block_size": 32,
