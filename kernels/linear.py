@@ -80,9 +80,8 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | N
     The splits give every multiprocessor something to read: two or three programs each for up to 16 rows, one for more,
     whose tiles of x leave room for no second.
 
-    EARLY: whether it is a dependent launch. Waiting programs take the place of those that still read, which costs more
-    than it gains where programs are many and long: 3 µs at 8 × 3584 × 3584, where two programs share a tile of 64
-    outputs it gains 1.5 (`python -m bench.kernels linear` on an H100).
+    EARLY: whether it is a dependent launch. In `python -m bench.kernels linear` on an H100 that cost 3 µs at
+    8 × 3584 × 3584, whose programs are many, and gained 1.5 at 35 rows, which have a program a multiprocessor.
     """
     tiles = triton.cdiv(outputs, 64)
     if rows <= 16:
