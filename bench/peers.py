@@ -1,5 +1,5 @@
-"""Kernels from elsewhere, as they are used where they come from: a few lines that hand each its arguments.
-A fused operator's peer is our own kernels for its parts.
+"""Kernels from elsewhere, as they are used where they come from: a few lines that hand each its arguments. A fused
+operator's peer is our own kernels for its parts.
 
 A peer that plans ahead plans in `bind`, outside the graph, as its engine does once a step for all layers. Each gets
 what it needs to be fast; where it has several ways, they run under one name and the fastest is shown.

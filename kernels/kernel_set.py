@@ -139,7 +139,7 @@ class KernelSet:
         for op in OPS.values():
             if not changed.isdisjoint(op.parts):
                 chosen[op.name] = _choose(op, COMPOSED)
-                changed |= set() if op.name in swaps else {op.name}
+                changed.add(op.name)
         for op, swap in swaps.items():
             if op in STANDALONE:
                 raise ValueError(f"no engine runs the operator {op!r}; it runs {_IN_PLACE_OF[op]}")

@@ -80,8 +80,9 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | N
     The splits give every multiprocessor something to read: two or three programs each for up to 16 rows, one for more,
     whose tiles of x leave room for no second.
 
-    EARLY: whether it is a dependent launch. In `python -m bench.kernels linear` on an H100 that cost 3 µs at
-    8 × 3584 × 3584, whose programs are many, and gained 1.5 at 35 rows, which have a program a multiprocessor.
+    EARLY: whether it is a dependent launch. With all of them dependent 3584 × 3584 took 15.3 µs instead of 12.1 at 8
+    rows, which have several programs a multiprocessor, and 11.2 instead of 12.8 at 35, which have one (an H100,
+    `python -m bench.kernels linear` at 2f0b4f7 and 751f704). `python -m bench.tune linear` sweeps it.
     """
     tiles = triton.cdiv(outputs, 64)
     if rows <= 16:

@@ -38,6 +38,8 @@ class Implementation:
     refuses:      given a case's inputs, says in words why the implementation does not take them (a block size, a
                   dtype), or None where it does; `function` raises ValueError with these words for what it can see
                   without waiting for the GPU
+    most_rows:    of a fused operator, the most rows of its first argument that `function` takes; a KernelSet composes
+                  the operator's parts for more. None: any number
     """
 
     function: Callable

@@ -81,7 +81,7 @@ def test_a_step_behind_draws_what_an_engine_in_step_draws(graphs):
         assert (got.token_ids, got.logprobs) == (wanted.token_ids, wanted.logprobs)
 
 
-def test_whatever_joins_ends_is_aborted_or_preempted(graphs):
+def test_whatever_joins_ends_is_aborted_or_preempted():
     """A random life: every text has its length, every block comes back, and no row shows another's token."""
     engine = make_engine(block_size=16, num_blocks=60, max_batch_size=16)
     rng, left, lengths, outputs = random.Random(1), prompts(40, 100, 400), {}, {}
