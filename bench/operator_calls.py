@@ -98,7 +98,7 @@ def _norm_qkv_rotary_store_kv(
     return [{"tokens": len(x), "inputs": x.shape[1], **shape, "bias": bias is not None}]
 
 
-def _norm_gate_up_swiglu(x: torch.Tensor, weight: torch.Tensor, **rest: Any) -> Sizes:
+def _linear_swiglu(x: torch.Tensor, weight: torch.Tensor, **rest: Any) -> Sizes:
     return [{"tokens": len(x), "intermediate": weight.shape[0] // 2, "inputs": weight.shape[1]}]
 
 
@@ -139,7 +139,8 @@ SIZES: Mapping[str, Callable[..., Sizes]] = {
     "linear": _linear,
     "norm_linear": _norm_linear,
     "norm_qkv_rotary_store_kv": _norm_qkv_rotary_store_kv,
-    "norm_gate_up_swiglu": _norm_gate_up_swiglu,
+    "linear_swiglu": _linear_swiglu,
+    "norm_gate_up_swiglu": _linear_swiglu,
     "linear_add": _linear_add,
     "rotary_store_kv": _rotary_store_kv,
     "paged_attention": _paged_attention,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from microvllm.kernels import (
     append_attention,
     linear_add,
+    linear_swiglu,
     norm_gate_up_swiglu,
     norm_linear,
     norm_qkv_rotary_store_kv,
@@ -323,6 +324,10 @@ def _cublas(*, x, weight, bias=None):
     return partial(F.linear, x, weight, bias)
 
 
+def _cublas_swiglu(*, x, weight):
+    return lambda: swiglu.swiglu(F.linear(x, weight))
+
+
 def _cublas_add(*, x, weight, residual):
     return partial(torch.addmm, residual, x, weight.t())
 
@@ -406,6 +411,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "linear": (Peer("cuBLAS", _cublas),),
     "norm_linear": (_unfused(norm_linear.OP),),
     "norm_qkv_rotary_store_kv": (_unfused(norm_qkv_rotary_store_kv.OP),),
+    "linear_swiglu": (_unfused(linear_swiglu.OP), Peer("cuBLAS, swiglu", _cublas_swiglu)),
     "norm_gate_up_swiglu": (_unfused(norm_gate_up_swiglu.OP),),
     "linear_add": (_unfused(linear_add.OP), Peer("cuBLAS", _cublas_add)),
     "rms_norm": (Peer("vLLM", _vllm_rms_norm, _VLLM), _compiled_reference(rms_norm.OP)),

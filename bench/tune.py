@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from microvllm.kernels import (
     linear,
+    linear_swiglu,
     norm_gate_up_swiglu,
     norm_linear,
     norm_qkv_rotary_store_kv,
@@ -87,10 +88,16 @@ def _attention(sizes: range, *cuts: tuple[int, int]) -> Sweep:
 
 
 def _few_rows() -> tuple[Launch, ...]:
-    tiles = ((64, 64, 4, 4), (64, 64, 5, 4), (64, 128, 3, 4), (64, 128, 5, 4), (128, 64, 3, 8), (128, 128, 4, 8))
+    tiles = ((64, 64, 4, 4), (64, 64, 5, 4), (64, 128, 3, 4), (64, 128, 5, 4), (128, 64, 3, 8), (128, 128, 3, 8))
     names = ("BLOCK_OUT", "BLOCK_IN", "STAGES", "num_warps")
     cuts = grid(SPLITS=(1, 2, 4, 5, 7), EARLY=(False, True))
     return tuple(dict(zip(names, tile, strict=True)) | cut for tile in tiles for cut in cuts)
+
+
+def _gates_and_ups() -> tuple[Launch, ...]:
+    tiles = ((64, 64, 3, 4), (64, 64, 4, 4), (64, 64, 5, 4), (64, 128, 2, 4), (64, 128, 3, 4), (128, 64, 3, 8))
+    names = ("BLOCK_OUT", "BLOCK_IN", "STAGES", "num_warps")
+    return tuple(dict(zip(names, tile, strict=True), EARLY=early) for tile in tiles for early in (False, True))
 
 
 def _one_row() -> tuple[Launch, ...]:
@@ -153,6 +160,7 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
             lambda case: 1 < case.sizes["rows"] <= linear.SKINNY_ROWS,
         ),
     ),
+    "linear_swiglu": (Sweep(linear_swiglu.OP, "skinny", linear_swiglu, "_launch", _gates_and_ups()),),
     "norm_linear": _fused_one_row(norm_linear),
     "norm_qkv_rotary_store_kv": _fused_one_row(norm_qkv_rotary_store_kv),
     "norm_gate_up_swiglu": _fused_one_row(norm_gate_up_swiglu),

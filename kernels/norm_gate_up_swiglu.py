@@ -11,12 +11,11 @@ import triton.language as tl
 
 from . import norm_linear
 from .dependent_launch import allow_next, dependent_launch
-from .linear import linear_reference
+from .linear_swiglu import linear_swiglu_reference
 from .norm_linear import check_norm_product, refuse_rows
 from .op import Case, Cost, Implementation, Op, needs_gpu
 from .rms_norm import rms_norm_reference
 from .skinny_kernels import one_row_product
-from .swiglu import swiglu_reference
 
 
 def norm_gate_up_swiglu_reference(
@@ -26,14 +25,13 @@ def norm_gate_up_swiglu_reference(
     weight: torch.Tensor,
     *,
     rms_norm: Callable = rms_norm_reference,
-    linear: Callable = linear_reference,
-    swiglu: Callable = swiglu_reference,
+    linear_swiglu: Callable = linear_swiglu_reference,
 ) -> torch.Tensor:
     """y = silu(gate) · up with [gate, up] = rms_norm(x) Wᵀ.
 
     x [tokens, in], norm_weight [in], weight [2·intermediate, in] → [tokens, intermediate]
     """
-    return swiglu(linear(rms_norm(x, norm_weight, eps), weight))
+    return linear_swiglu(rms_norm(x, norm_weight, eps), weight)
 
 
 @triton.jit
@@ -146,5 +144,5 @@ OP = Op(
         Case(tokens=1, intermediate=18944, inputs=3584),
         Case(tokens=1, intermediate=4864, inputs=896),
     ),
-    parts=("rms_norm", "linear", "swiglu"),
+    parts=("rms_norm", "linear_swiglu"),
 )

@@ -156,7 +156,7 @@ def one_row_kernel(
 
 
 @triton.jit
-def _prefetch(weight_ptr, out, stride, first, inputs, COLUMNS: tl.constexpr):
+def prefetch(weight_ptr, out, stride, first, inputs, COLUMNS: tl.constexpr):
     """Has the columns from `first` on of the weight's rows `out` fetched into the L2, by sectors of 32 bytes."""
     SECTOR: tl.constexpr = 256 // weight_ptr.dtype.element_ty.primitive_bitwidth
     column = tl.minimum(first + tl.arange(0, COLUMNS // SECTOR) * SECTOR, inputs - 1)
@@ -206,7 +206,7 @@ def few_rows_kernel(
     first = steps * split // splits
     if DEPENDENT:
         # Triton moves the loads of a pipelined loop above a wait that is in it (triton issue 11905).
-        _prefetch(weight_ptr, tl.minimum(out, outputs - 1), weight_stride, first * BLOCK_IN, inputs, 2 * BLOCK_IN)
+        prefetch(weight_ptr, tl.minimum(out, outputs - 1), weight_stride, first * BLOCK_IN, inputs, 2 * BLOCK_IN)
     wait_for_previous(DEPENDENT)
     acc = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
     for step in tl.range(first, steps * (split + 1) // splits, num_stages=STAGES):

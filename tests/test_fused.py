@@ -7,6 +7,7 @@ import torch
 from microvllm import InferenceEngine, KernelSet
 from microvllm.kernels import norm_gate_up_swiglu, norm_linear, norm_qkv_rotary_store_kv
 from microvllm.kernels.linear_add import skinny_linear_add
+from microvllm.kernels.linear_swiglu import skinny_linear_swiglu
 from microvllm.kernels.op import Case
 from microvllm.kernels.rotary_store_kv import rotary_store_kv_reference
 
@@ -150,3 +151,18 @@ def test_a_residual_that_does_not_fit_is_named(residual):
     words = rf"residual is \[1, {residual.shape[1]}\] in {residual.dtype}, and x Wᵀ \[1, 6\] in torch.float32"
     with pytest.raises(ValueError, match=words):
         skinny_linear_add(X, WEIGHT, residual)
+
+
+@pytest.mark.parametrize(
+    "x, weight, words",
+    [
+        (torch.ones(65, 8), WEIGHT, "it is for 64 tokens at most, not 65"),
+        (X, torch.ones(6, 9), r"x is \[1, 8\] and weight \[6, 9\]"),
+        (X, torch.ones(5, 8), r"weight is \[2·intermediate, in\], not \[5, 8\]"),
+        (X.double(), WEIGHT.double(), "float16, bfloat16 or float32, not torch.float64"),
+        (X, torch.ones(8, 6).t(), "contiguous"),
+    ],
+)
+def test_gates_and_ups_that_do_not_fit_are_named(x, weight, words):
+    with pytest.raises(ValueError, match=f"linear_swiglu: .*{words}"):
+        skinny_linear_swiglu(x, weight)

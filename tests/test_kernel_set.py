@@ -7,14 +7,11 @@ import torch
 from microvllm import KernelSet
 from microvllm.kernels.kernel_set import OPS, STANDALONE
 from microvllm.kernels.linear import linear_reference, onednn_linear
-from microvllm.kernels.norm_linear import norm_linear_reference
 from microvllm.kernels.op import Implementation, Op
 from microvllm.kernels.rms_norm import rms_norm_reference
-from microvllm.kernels.rotary_store_kv import rotary_store_kv_reference
-from microvllm.kernels.swiglu import swiglu_reference
 
 CPU = torch.device("cpu")
-FUSED = {"norm_linear", "norm_qkv_rotary_store_kv", "norm_gate_up_swiglu", "linear_add"}
+FUSED = {"norm_linear", "norm_qkv_rotary_store_kv", "linear_swiglu", "norm_gate_up_swiglu", "linear_add"}
 NAMES = FUSED | {
     "rms_norm",
     "linear",
@@ -139,8 +136,8 @@ def test_a_set_cannot_change():
 
 def test_its_text_says_what_runs_where():
     kernels = KernelSet.reference().replace(swiglu=doubled)
-    others = ", ".join(name for name in OPS if name not in ("swiglu", "norm_gate_up_swiglu"))
-    assert str(kernels) == f"reference: {others}; doubled: swiglu; composed: norm_gate_up_swiglu"
+    others = ", ".join(name for name in OPS if name not in ("swiglu", "linear_swiglu", "norm_gate_up_swiglu"))
+    assert str(kernels) == f"reference: {others}; doubled: swiglu; composed: linear_swiglu, norm_gate_up_swiglu"
     assert repr(kernels) == f"KernelSet({kernels})"
     assert "; triton (most_rows=1, else composed): norm_linear" in str(kernels.replace(norm_linear="triton"))
 
@@ -160,25 +157,12 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def rms_norm(self, x, weight, eps):
-        self.calls.append("rms_norm")
-        return rms_norm_reference(x, weight, eps)
+    def __getattr__(self, name):
+        def part(*call):
+            self.calls.append(name)
+            return OPS[name].reference(*call)
 
-    def linear(self, x, weight, bias=None):
-        self.calls.append("linear")
-        return linear_reference(x, weight, bias)
-
-    def norm_linear(self, *call):
-        self.calls.append("norm_linear")
-        return norm_linear_reference(*call)
-
-    def rotary_store_kv(self, *call):
-        self.calls.append("rotary_store_kv")
-        return rotary_store_kv_reference(*call)
-
-    def swiglu(self, gate_up):
-        self.calls.append("swiglu")
-        return swiglu_reference(gate_up)
+        return part
 
 
 def inputs(name, case):
@@ -197,6 +181,7 @@ CALLS = {
         "bias": True,
         "padded": 1,
     },
+    "linear_swiglu": {"tokens": 3, "intermediate": 4, "inputs": 8},
     "norm_gate_up_swiglu": {"tokens": 3, "intermediate": 4, "inputs": 8},
     "linear_add": {"rows": 3, "outputs": 4, "inputs": 8},
 }

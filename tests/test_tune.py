@@ -14,6 +14,7 @@ SMALL = {
     "_few_rows_launch": Case(rows=3, outputs=70, inputs=1160),
     "norm_linear": Case(tokens=1, outputs=5, inputs=264),
     "norm_qkv_rotary_store_kv": Case(tokens=1, heads=1, kv_heads=1, head_dim=6, inputs=264, block_size=4),
+    "linear_swiglu": Case(tokens=3, intermediate=70, inputs=264),
     "norm_gate_up_swiglu": Case(tokens=1, intermediate=5, inputs=264),
     "rms_norm": Case(tokens=3, hidden=37),
     "swiglu": Case(tokens=3, intermediate=96),

@@ -1,0 +1,172 @@
+"""The product that makes gate and up, and SwiGLU of it, in one launch: neither is ever written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from . import linear
+from .dependent_launch import allow_next, dependent_launch, wait_for_previous
+from .linear import SKINNY_ROWS, check_product, linear_reference
+from .op import Case, Cost, Implementation, Op, needs_gpu
+from .skinny_kernels import prefetch
+from .swiglu import swiglu_reference
+
+
+def linear_swiglu_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    linear: Callable = linear_reference,
+    swiglu: Callable = swiglu_reference,
+) -> torch.Tensor:
+    """y = silu(gate) · up with [gate, up] = x Wᵀ.
+
+    x [tokens, in], weight [2·intermediate, in] → [tokens, intermediate]
+    """
+    return swiglu(linear(x, weight))
+
+
+@triton.jit
+def _kernel(
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    rows,
+    intermediate,
+    inputs,
+    x_stride,
+    weight_stride,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """BLOCK_OUT columns of y, from as many rows of the weight for the gate and for up.
+
+    The weight is the left operand, because 64 rows are the least that the matrix unit takes.
+    """
+    allow_next(DEPENDENT)
+    row = tl.arange(0, BLOCK_ROWS)
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    columns = tl.arange(0, BLOCK_IN)
+    gate_row = weight_ptr + out.to(tl.int64)[:, None] * weight_stride
+    up_row = gate_row + intermediate.to(tl.int64) * weight_stride
+    x_row = x_ptr + row[None, :] * x_stride
+    if DEPENDENT:
+        # Triton moves the loads of a pipelined loop above a wait that is in it (triton issue 11905).
+        inside = tl.minimum(out, intermediate - 1)
+        prefetch(weight_ptr, inside, weight_stride, 0, inputs, 2 * BLOCK_IN)
+        prefetch(weight_ptr, inside + intermediate, weight_stride, 0, inputs, 2 * BLOCK_IN)
+    wait_for_previous(DEPENDENT)
+    gate = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+    up = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+    for start in tl.range(0, inputs, BLOCK_IN, num_stages=STAGES):
+        column = start + columns
+        if EVEN:
+            gate_weight = tl.load(gate_row + column[None, :], eviction_policy="evict_first")
+            up_weight = tl.load(up_row + column[None, :], eviction_policy="evict_first")
+            x = tl.load(x_row + column[:, None], mask=(row < rows)[None, :], other=0.0)
+        else:
+            mask = (out < intermediate)[:, None] & (column < inputs)[None, :]
+            gate_weight = tl.load(gate_row + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+            up_weight = tl.load(up_row + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_row + column[:, None], mask=(row < rows)[None, :] & (column < inputs)[:, None], other=0.0)
+        gate = tl.dot(gate_weight, x, gate, input_precision="ieee")
+        up = tl.dot(up_weight, x, up, input_precision="ieee")
+    y = gate / (1 + tl.exp(-gate)) * up
+    place = row[None, :].to(tl.int64) * intermediate + out[:, None]
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(row < rows)[None, :] & (out < intermediate)[:, None])
+
+
+def _launch(rows: int, intermediate: int, inputs: int) -> dict[str, Any]:
+    """A tile of BLOCK_OUT gates and as many ups. `python -m bench.tune linear_swiglu` sweeps others."""
+    if rows <= 16:
+        return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "STAGES": 2, "num_warps": 4, "EARLY": False}
+    return {"BLOCK_OUT": 64, "BLOCK_IN": 64, "STAGES": 5, "num_warps": 4, "EARLY": True}
+
+
+def _refuse_rows(*, x: torch.Tensor, **rest: Any) -> str | None:
+    return None if len(x) <= SKINNY_ROWS else f"it is for {SKINNY_ROWS} tokens at most, not {len(x)}"
+
+
+def skinny_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As `linear_swiglu_reference` for up to 64 tokens, in float32 to the end and rounded once.
+
+    Equal inputs give equal bits. ValueError for more tokens, for an odd number of outputs, for float64, for shapes and
+    dtypes that do not fit each other, and for a last dimension that is not contiguous.
+    """
+    check_product("linear_swiglu", x, weight)
+    if words := _refuse_rows(x=x):
+        raise ValueError(f"linear_swiglu: {words}")
+    if len(weight) % 2:
+        raise ValueError(f"linear_swiglu: weight is [2·intermediate, in], not {list(weight.shape)}")
+    if x.dtype not in OP.dtypes:
+        raise ValueError(f"linear_swiglu: x is float16, bfloat16 or float32, not {x.dtype}")
+    if x.stride(1) != 1 or weight.stride(1) != 1:
+        raise ValueError("linear_swiglu: the last dimensions of x and weight are contiguous")
+    (rows, inputs), intermediate = x.shape, len(weight) // 2
+    y = torch.empty(rows, intermediate, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    launch = _launch(rows, intermediate, inputs)
+    early = launch.pop("EARLY")
+    _kernel[(triton.cdiv(intermediate, launch["BLOCK_OUT"]),)](
+        x,
+        weight,
+        y,
+        rows,
+        intermediate,
+        inputs,
+        x.stride(0),
+        weight.stride(0),
+        BLOCK_ROWS=max(16, triton.next_power_of_2(rows)),
+        EVEN=intermediate % launch["BLOCK_OUT"] == 0 and inputs % launch["BLOCK_IN"] == 0,
+        **launch,
+        **(dependent_launch(x.device) if early else {"DEPENDENT": False}),
+    )
+    return y
+
+
+def make_inputs(
+    tokens: int, intermediate: int, inputs: int, *, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
+    product = linear.make_inputs(tokens, 2 * intermediate, inputs, dtype=dtype, device=device, generator=generator)
+    return {"x": product["x"], "weight": product["weight"]}
+
+
+def cost(tokens: int, intermediate: int, inputs: int, *, itemsize: int) -> Cost:
+    product = linear.cost(tokens, 2 * intermediate, inputs, itemsize=itemsize)
+    return Cost(product.read, product.written // 2, product.flops + 5 * tokens * intermediate)
+
+
+OP = Op(
+    "linear_swiglu",
+    reference=linear_swiglu_reference,
+    implementations={
+        "skinny": Implementation(skinny_linear_swiglu, needs_gpu, refuses=_refuse_rows, most_rows=SKINNY_ROWS)
+    },
+    inputs=make_inputs,
+    cost=cost,
+    cases=(
+        Case(tokens=1, intermediate=130, inputs=264),
+        Case(tokens=16, intermediate=64, inputs=128),
+        Case(tokens=8, intermediate=70, inputs=200),
+        Case(tokens=35, intermediate=128, inputs=320),
+        Case(tokens=64, intermediate=64, inputs=1000),
+        Case(tokens=65, intermediate=8, inputs=64),
+        Case(tokens=0, intermediate=8, inputs=64),
+    ),
+    large_cases=tuple(
+        Case(tokens=tokens, intermediate=intermediate, inputs=inputs)
+        for intermediate, inputs in ((18944, 3584), (4864, 896))
+        for tokens in (8, 35, 64)
+    ),
+    parts=("linear", "swiglu"),
+)
