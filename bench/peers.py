@@ -26,6 +26,7 @@ from microvllm.kernels import (
     sampling,
     swiglu,
 )
+from microvllm.kernels.compiled import compiled
 from microvllm.kernels.kernel_set import KernelSet
 from microvllm.kernels.measure import Peer
 from microvllm.kernels.op import Op
@@ -361,26 +362,8 @@ def _flashinfer_sample_refuses(*, temperature, min_p, **rest):
     return None if bool((temperature > 0).all()) else "takes no temperature 0"
 
 
-# torch.compile of a reference: what a user gets without a kernel.
-
-
-@cache
-def _compile_without_scans() -> None:
-    """Leaves cumsum to PyTorch: over a vocabulary, split among programs, Inductor fails to compile it in torch 2.11."""
-    from torch._inductor.lowering import make_fallback
-
-    make_fallback(torch.ops.aten.cumsum)
-
-
-@cache
-def _compiled(reference: Callable) -> Callable:
-    torch._dynamo.config.recompile_limit = 1 << 10  # past it dynamo would run a case uncompiled
-    _compile_without_scans()
-    return torch.compile(reference, fullgraph=True, dynamic=False)
-
-
 def _compiled_reference(op: Op, **options: Any) -> Peer:
-    return Peer("torch.compile", lambda **inputs: partial(_compiled(op.reference), **inputs), **options)
+    return Peer("torch.compile", lambda **inputs: partial(compiled(op.reference), **inputs), **options)
 
 
 def _not_worth_compiling(*, logits, top_k, top_p, min_p, **rest):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 
+from .compiled import compiled
 from .dependent_launch import dependent_launch, has_dependent_launch
 from .gumbel import gumbel_noise
 from .op import Case, Cost, Implementation, Op, needs_gpu
@@ -64,6 +65,23 @@ def _keep_top(scores: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Ten
         dropped[:, 0] = False
         ordered = ordered.masked_fill(dropped, -torch.inf)
     return torch.empty_like(scores).scatter_(1, tokens, ordered)
+
+
+def compiled_sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    min_p: torch.Tensor | None,
+    seed: torch.Tensor,
+    index: torch.Tensor,
+) -> torch.Tensor:
+    """`sample_reference` through torch.compile, which takes seconds for each set of filters, whatever the sizes."""
+    return compiled(sample_reference, dynamic=True)(logits, temperature, top_k, top_p, min_p, seed, index)
+
+
+def _needs_inductor(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "Inductor compiles for a GPU"
 
 
 MAX_VOCAB = 1 << 20
@@ -253,7 +271,10 @@ _QWEN2_VOCAB = 152064
 OP = Op(
     "sample",
     reference=sample_reference,
-    implementations={"triton": Implementation(top_k_top_p_sample, needs_gpu)},
+    implementations={
+        "triton": Implementation(top_k_top_p_sample, needs_gpu),
+        "compiled": Implementation(compiled_sample, _needs_inductor),
+    },
     inputs=make_inputs,
     cost=cost,
     cases=(
