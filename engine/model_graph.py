@@ -1,4 +1,4 @@
-"""The decode step as CUDA graphs: one launch from the token that goes in to the token that is drawn."""
+"""Decode steps and short prefills as CUDA graphs: each is one launch, and Python is slow at hundreds of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from ..model.qwen2 import LayerCache, Qwen2
 from ..model.sampler import Sampler
+from .chunk_rows import ChunkRows
 from .model_runner import ModelRunner
+from .scheduler import Chunk
 from .sequence import Sequence
 
 
@@ -63,10 +65,18 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+PREFILL_TOKENS = (64, 128, 256, 384, 512)
+"""The token counts that a prefill is captured at. Reading the weights takes the longer part of each; past them, what
+padded tokens compute."""
+PREFILL_CHUNKS = 8
+"""Prompts of a captured prefill at most."""
+
+
 class ModelGraphRunner(ModelRunner):
-    """A ModelRunner whose decodes replay CUDA graphs. ValueError where an operator cannot be captured.
+    """A ModelRunner whose decodes and short prefills replay CUDA graphs.
 
     The graphs share one memory pool: they run one after the other, and what one leaves is read before the next begins.
+    ValueError where an operator cannot be captured.
 
     progress: whether to show a progress bar, on standard error
     """
@@ -76,31 +86,53 @@ class ModelGraphRunner(ModelRunner):
     ):
         super().__init__(model, sampler, cache, max_batch_size)
         self._buckets = bucket_sizes(max_batch_size)
-        self._graphs: dict[int, CapturedCall] = {}
-        # The largest comes first: the others find room in what it has taken from the pool.
-        for size in tqdm(
-            self._buckets[::-1], desc="Capturing decode", unit="graph", disable=None if progress else True
-        ):
-            self._graphs[size] = self._capture(size)
+        max_blocks = -(-model.max_length // self.block_size)
+        self._chunks = ChunkRows(PREFILL_TOKENS[-1], PREFILL_CHUNKS, max_blocks, self.block_size, self.device)
+        self._decodes: dict[int, CapturedCall] = {}
+        self._prefills: dict[int, CapturedCall] = {}
+        self._pool: tuple[int, int] | None = None
+        # The largest come first: the others find room in what these have taken from the pool.
+        sizes = [(self._decodes, n) for n in self._buckets[::-1]] + [(self._prefills, n) for n in PREFILL_TOKENS[::-1]]
+        for graphs, size in tqdm(sizes, desc="Capturing", unit="graph", disable=None if progress else True):
+            graphs[size] = self._capture_decode(size) if graphs is self._decodes else self._capture_prefill(size)
+
+    def _capture_decode(self, size: int) -> CapturedCall:
+        columns = self.rows.columns(size)
+        return self._capture(f"a decode of {size} sequences", lambda: self._decode_step(size, columns))
+
+    def _capture_prefill(self, size: int) -> CapturedCall:
+        token_ids, where = self._chunks.tensors(size, self.model.max_length)
+        return self._capture(f"a prefill of {size} tokens", lambda: (self.model(token_ids, self.cache, where),))
 
     @torch.inference_mode()
-    def _capture(self, size: int) -> CapturedCall:
-        columns = self.rows.columns(size)
-        pool = next(iter(self._graphs.values())).pool if self._graphs else None
+    def _capture(self, what: str, call: Callable[[], Any]) -> CapturedCall:
         try:
-            return CapturedCall(lambda: self._decode_step(size, columns), pool)
+            captured = CapturedCall(call, self._pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise ValueError(
-                f"a decode of {size} sequences cannot be captured in a CUDA graph with these kernels "
-                f"({self.model.kernels}): {error}; choose others, or enforce_eager=True"
+                f"{what} cannot be captured in a CUDA graph with these kernels ({self.model.kernels}): {error}; choose "
+                "others, or enforce_eager=True"
             ) from error
+        self._pool = captured.pool
+        return captured
 
     def _size(self, count: int) -> int:
         return self._buckets[bisect_left(self._buckets, count)]
 
     def _compute_rows(self, seqs: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
-        graph = self._graphs[self._size(len(seqs))]
+        graph = self._decodes[self._size(len(seqs))]
         graph.replay()
         return graph.outputs
+
+    def _compute_chunks(self, chunks: list[Chunk]) -> torch.Tensor:
+        tokens = sum(chunk.length for chunk in chunks)
+        if tokens > PREFILL_TOKENS[-1] or len(chunks) > PREFILL_CHUNKS:
+            return super()._compute_chunks(chunks)
+        size = PREFILL_TOKENS[bisect_left(PREFILL_TOKENS, tokens)]
+        self._chunks.hold(chunks, size)
+        graph = self._prefills[size]
+        graph.replay()
+        (hidden,) = graph.outputs
+        return hidden[:tokens]

@@ -8,12 +8,12 @@ from itertools import accumulate, chain
 
 import torch
 
-from ..model.attention_metadata import AttentionMetadata
 from ..model.logprobs import Logprobs, TokenLogprobs
 from ..model.qwen2 import LayerCache, Qwen2
 from ..model.sampler import Draw, Sampler
 from ..model.sampling_columns import SamplingColumns
 from ..model.transfer import to_device
+from .chunk_rows import chunk_tensors
 from .decode_rows import DecodeRows
 from .scheduler import Batch, Chunk
 from .sequence import Sequence
@@ -86,7 +86,8 @@ class ModelRunner:
         draws, prompt_logprobs = [], {}
         num_prefilled = len(batch.sampled) - len(batch.decodes)
         if batch.chunks:
-            hidden, ends = self._prefill(batch.chunks)
+            hidden = self._compute_chunks(batch.chunks)
+            ends = list(accumulate(chunk.length for chunk in batch.chunks))
             if num_prefilled:
                 last = [end - 1 for c, end in zip(batch.chunks, ends, strict=True) if c.end == c.seq.num_tokens]
                 logits = self.model.logits(hidden[to_device(last, torch.int64, self.device)])
@@ -128,31 +129,10 @@ class ModelRunner:
         rows.advance(self.model.kernels, drawn)
         return logits, drawn
 
-    def _prefill(self, chunks: Row[Chunk]) -> tuple[torch.Tensor, list[int]]:
-        """(the hidden states of the chunks' tokens, one chunk behind the other; where each ends among them)"""
-        lengths = [chunk.length for chunk in chunks]
-        ends = list(accumulate(lengths))
-        ids = chain.from_iterable(chunk.seq.token_ids[chunk.start : chunk.end] for chunk in chunks)
-        positions = list(chain.from_iterable(range(chunk.start, chunk.end) for chunk in chunks))
-        size = self.block_size
-        slots = [
-            chunk.seq.block_table[i // size] * size + i % size
-            for chunk in chunks
-            for i in range(chunk.start, chunk.end)
-        ]
-        width = max(len(chunk.seq.block_table) for chunk in chunks)
-        table = [c.seq.block_table + [-1] * (width - len(c.seq.block_table)) for c in chunks]
-        token_ids, positions, slots = to_device([list(ids), positions, slots], torch.int64, self.device)
-        where = AttentionMetadata(
-            positions=positions,
-            slot_mapping=slots,
-            block_table=to_device(table, torch.int32, self.device),
-            context_lens=to_device([chunk.end for chunk in chunks], torch.int32, self.device),
-            query_start=to_device([0, *ends], torch.int32, self.device),
-            max_query_len=max(lengths),
-            max_context_len=max(chunk.end for chunk in chunks),
-        )
-        return self.model(token_ids, self.cache, where), ends
+    def _compute_chunks(self, chunks: Row[Chunk]) -> torch.Tensor:
+        """The hidden states of the chunks' tokens, one chunk behind the other."""
+        token_ids, where = chunk_tensors(chunks, self.block_size, self.device)
+        return self.model(token_ids, self.cache, where)
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> list[TokenLogprobs]:
         """The log-probabilities of the prompt's tokens that the chunk's tokens predict, in pieces.

@@ -1,6 +1,10 @@
-"""Decodes in padded buckets, as graphs replay them; on a CPU a graph is its call, made again into the same tensors."""
+"""Steps in padded buckets, as graphs replay them; on a CPU a graph is its call, made again into the same tensors."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 from microvllm import InferenceEngine
@@ -33,6 +37,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+def note(replayed: set, graph: tuple[str, int], replay: Callable[[], None]) -> None:
+    replayed.add(graph)
+    replay()
+
+
 def make_engine(folder, **options) -> InferenceEngine:
     return InferenceEngine(folder, device="cpu", progress=False, block_size=16, **options)
 
@@ -46,11 +55,13 @@ def test_padded_buckets_answer_as_exact_batches(folder, monkeypatch, behind, opt
     engine = make_engine(folder, **options)
     exact = engine.runner
     engine.runner = runner = ModelGraphRunner(exact.model, exact.sampler, exact.cache, options["max_batch_size"])
-    replayed = {}
-    for size, graph in runner._graphs.items():
-        monkeypatch.setattr(graph, "replay", lambda size=size, replay=graph.replay: replayed.update({size: replay()}))
+    replayed: set[tuple[str, int]] = set()
+    for kind, graphs in (("decode", runner._decodes), ("prefill", runner._prefills)):
+        for size, graph in graphs.items():
+            replay = partial(note, replayed, (kind, size), graph.replay)
+            monkeypatch.setattr(graph, "replay", replay)
     got = answers(engine, 24)
-    assert len(replayed) > 2
+    assert {kind for kind, _ in replayed} == {"decode", "prefill"} and len(replayed) > 3
     assert got.keys() == expected.keys()
     for i, output in got.items():
         assert (output.token_ids, output.finish_reason) == (expected[i].token_ids, expected[i].finish_reason)
@@ -65,11 +76,16 @@ def test_every_batch_has_a_bucket_and_the_largest_its_own(largest):
         assert size - count < (8 if size <= 64 else 16 if size <= 128 else 32)
 
 
-def test_what_cannot_be_captured_is_named(folder, monkeypatch):
+@pytest.mark.parametrize("captured, what", [(0, "a decode of 2 sequences"), (2, "a prefill of 512 tokens")])
+def test_what_cannot_be_captured_is_named(folder, monkeypatch, captured, what):
+    calls = itertools.count()
+
     def fail(call, pool):
+        if next(calls) < captured:
+            return Recomputed(call, pool)
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(model_graph, "CapturedCall", fail)
     runner = make_engine(folder, num_blocks=4).runner
-    with pytest.raises(ValueError, match=r"decode of 2 sequences cannot be captured.*enforce_eager=True"):
+    with pytest.raises(ValueError, match=f"^{what} cannot be captured.*enforce_eager=True"):
         ModelGraphRunner(runner.model, runner.sampler, runner.cache, 2)

@@ -1,13 +1,16 @@
-"""Decodes as CUDA graphs: the bits of the eager engine, whatever joins, leaves, asks for more or is preempted."""
+"""Steps as CUDA graphs: the bits of the eager engine, whatever joins, leaves, asks for more or is preempted."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from microvllm import InferenceEngine, SamplingParams
+from microvllm.engine.chunk_rows import chunk_tensors
+from microvllm.engine.model_graph import PREFILL_CHUNKS, PREFILL_TOKENS
 
 from ..parity import forced_tokens
 
@@ -50,15 +53,46 @@ def asked(i: int, **options) -> SamplingParams:
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 40])
 def test_graphs_have_the_bits_of_the_eager_engine_at_a_buckets_size(graphs, eager, count):
     """Every request runs from the first decode to the last, so that both compute the same batches."""
-    texts = [engine_outputs(engine, count) for engine in (graphs, eager)]
+    texts = [engine_outputs(engine, prompts_of_a_captured_size(count)) for engine in (graphs, eager)]
     assert texts[0] == texts[1]
 
 
-def engine_outputs(engine: InferenceEngine, count: int) -> list:
+def prompts_of_a_captured_size(count: int) -> list[list[int]]:
+    """As many tokens together as a prefill graph has, or more prompts than one takes."""
+    drawn = prompts(count, 32, 64)
+    if count <= PREFILL_CHUNKS:
+        room = min(size for size in PREFILL_TOKENS if size >= sum(map(len, drawn)))
+        drawn[0] += [5] * (room - sum(map(len, drawn)))
+    return drawn
+
+
+def engine_outputs(engine: InferenceEngine, prompts: list[list[int]]) -> list:
     """Tokens and log-probabilities: of all logits, in the end."""
-    params = [asked(i, max_tokens=40, logprobs=3 if i % 3 == 0 else None) for i in range(count)]
-    outputs = engine.generate(prompts(count), params)
+    params = [asked(i, max_tokens=40, logprobs=3 if i % 3 == 0 else None) for i in range(len(prompts))]
+    outputs = engine.generate(prompts, params)
     return [(output.token_ids, output.logprobs) for output in outputs]
+
+
+def test_a_prefill_behind_a_cached_prefix_has_the_bits_of_the_padded_call():
+    """What is replayed is the call with the same padding, whatever the graph was captured with."""
+    engine = make_engine(enable_prefix_caching=True, block_size=16)
+    (prefix,) = prompts(1, 200, 200)
+    engine.generate([prefix], max_tokens=1)
+    runner, equal = engine.runner, []
+
+    def compare(chunks):
+        size = min(size for size in PREFILL_TOKENS if size >= sum(chunk.length for chunk in chunks))
+        hidden = replayed(chunks).clone()
+        padded = chunk_tensors(chunks, runner.block_size, runner.device, tokens=size, rows=PREFILL_CHUNKS)
+        where = replace(padded[1], max_query_len=size)
+        equal.append((size, hidden.equal(runner.model(padded[0], runner.cache, where)[: len(hidden)])))
+        return hidden
+
+    replayed, runner._compute_chunks = runner._compute_chunks, torch.inference_mode()(compare)
+    for tails in ([3], [30, 90], [5, 6, 7, 250]):
+        outputs = engine.generate([prefix[: 16 * i] + [i] * n for i, n in enumerate(tails, 8)], max_tokens=2)
+        assert all(output.usage.cached_tokens for output in outputs)
+    assert equal == [(64, True), (128, True), (384, True)]
 
 
 def test_padded_rows_change_nothing_but_rounding(graphs, eager):
