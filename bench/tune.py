@@ -252,7 +252,8 @@ def main() -> None:
                 rows += [{"case": str(case), "launch": in_a_word(launch), "µs": us} for us, launch in times]
             best = (f"  × {ratio:.3f} {in_a_word(launch)}" for ratio, launch in overall(timed)[:5])
             print(f"{name}, {len(timed)} cases together", *best, sep="\n", flush=True)
-        print(record.save(f"tune-{name}", rows), flush=True)
+            path = record.save(f"tune-{name}", rows)  # each time: a run that is cut off keeps what it has
+        print(path, flush=True)
 
 
 if __name__ == "__main__":
