@@ -90,8 +90,7 @@ def _attention(sizes: range, *cuts: tuple[int, int]) -> Sweep:
 def _few_rows() -> tuple[Launch, ...]:
     tiles = ((64, 64, 4, 4), (64, 64, 5, 4), (64, 128, 3, 4), (64, 128, 5, 4), (128, 64, 3, 8), (128, 128, 3, 8))
     names = ("BLOCK_OUT", "BLOCK_IN", "STAGES", "num_warps")
-    cuts = grid(SPLITS=(1, 2, 4, 5, 7), EARLY=(False, True))
-    return tuple(dict(zip(names, tile, strict=True)) | cut for tile in tiles for cut in cuts)
+    return tuple(dict(zip(names, tile, strict=True), SPLITS=splits) for tile in tiles for splits in (1, 2, 4, 5, 7))
 
 
 def _gates_and_ups() -> tuple[Launch, ...]:

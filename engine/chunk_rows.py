@@ -31,6 +31,7 @@ def chunk_tensors(
     width = max(len(chunk.seq.block_table) for chunk in chunks)
     table = [c.seq.block_table + [-1] * (width - len(c.seq.block_table)) for c in chunks]
     padding, more = [0] * (tokens - len(ids)), rows - len(chunks)
+    table += [[-1] * width] * more
     integers = [ids + padding, positions + padding, slots + [-1] * len(padding)]
     token_ids, positions, slots = to_device(integers, torch.int64, device)
     where = AttentionMetadata(
@@ -71,9 +72,8 @@ class ChunkRows:
         self._slots[:size] = where.slot_mapping
         self._contexts.copy_(where.context_lens)
         self._starts.copy_(where.query_start)
-        # What stays behind these lies past the contexts.
-        count, width = where.block_table.shape
-        self._block_table[:count, :width] = where.block_table
+        # What stays behind these columns lies past the contexts.
+        self._block_table[:, : where.block_table.shape[1]] = where.block_table
 
     def tensors(self, size: int, max_context_len: int) -> tuple[torch.Tensor, AttentionMetadata]:
         """(The first `size` token ids, where they stand); any chunk may be as long as all of them."""

@@ -77,30 +77,27 @@ def _one_row_launch(outputs: int, inputs: int) -> dict[str, int]:
 def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | None:
     """Tile, splits of the inputs, stages of loads in flight and warps; None where cuBLAS is faster.
 
-    The splits give every multiprocessor something to read: two or three programs each for up to 16 rows, one for more,
-    whose tiles of x leave room for no second.
-
-    EARLY: whether it is a dependent launch. With all of them dependent 3584 × 3584 took 15.3 µs instead of 12.1 at 8
-    rows, which have several programs a multiprocessor, and 11.2 instead of 12.8 at 35, which have one (an H100,
-    `python -m bench.kernels linear` at 2f0b4f7 and 751f704). `python -m bench.tune linear` sweeps it.
+    The splits give every multiprocessor something to read: one program each with five tiles under way, or several with
+    three. Past 16 rows the tiles of x leave room for one.
     """
     tiles = triton.cdiv(outputs, 64)
-    if rows <= 16:
-        if tiles >= 2 * _MULTIPROCESSORS:
-            return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": 1, "STAGES": 3, "num_warps": 4, "EARLY": False}
-        if tiles >= _MULTIPROCESSORS:
-            return None
-        splits = max(1, min(triton.cdiv(320, tiles), inputs // 128, 8))
-        if inputs >= 8192:
-            return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": splits, "STAGES": 3, "num_warps": 4, "EARLY": False}
-        short = inputs <= 4 * 64 * splits
-        return {"BLOCK_OUT": 64, "BLOCK_IN": 64, "SPLITS": splits, "STAGES": 4, "num_warps": 4, "EARLY": short}
+
+    def launch(block_in: int, stages: int, splits: int) -> dict[str, int]:
+        tile = {"BLOCK_OUT": 64, "BLOCK_IN": block_in, "STAGES": stages, "num_warps": 4}
+        return tile | {"SPLITS": max(1, min(splits, inputs // block_in))}
+
     if tiles >= 2 * _MULTIPROCESSORS:
-        return {"BLOCK_OUT": 128, "BLOCK_IN": 64, "SPLITS": 1, "STAGES": 3, "num_warps": 8, "EARLY": False}
-    splits = min(_MULTIPROCESSORS // tiles, inputs // 256)
-    if tiles * splits < 0.75 * _MULTIPROCESSORS:
-        return None
-    return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "SPLITS": splits, "STAGES": 5, "num_warps": 4, "EARLY": True}
+        return launch(128, 3 if rows <= 16 or tiles >= 8 * _MULTIPROCESSORS else 5, 1)
+    if rows <= 16:
+        if inputs <= 1024:
+            return launch(64, 5, 4) if tiles >= _MULTIPROCESSORS else launch(128, 3, 7)
+        if tiles >= _MULTIPROCESSORS // 2:
+            return launch(128, 3, 4)
+        return launch(128, 5, max(2, min(_MULTIPROCESSORS // tiles, 4)))
+    if inputs <= 1024:
+        return launch(64, 5, 1) if tiles >= _MULTIPROCESSORS else launch(64, 4, 5)
+    splits = min(_MULTIPROCESSORS // tiles, 7)
+    return launch(128, 5, splits) if tiles * splits >= 0.7 * _MULTIPROCESSORS else None
 
 
 def check_product(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -181,7 +178,6 @@ def _few_rows(
     residual: torch.Tensor | None,
     y: torch.Tensor,
     SPLITS: int,
-    EARLY: bool,
     **launch: int,
 ) -> None:
     (rows, inputs), outputs = x.shape, weight.shape[0]
@@ -201,7 +197,7 @@ def _few_rows(
         BLOCK_ROWS=max(16, triton.next_power_of_2(rows)),
         EVEN=outputs % launch["BLOCK_OUT"] == 0 and inputs % launch["BLOCK_IN"] == 0,
         **launch,
-        **(dependent_launch(x.device) if EARLY else {"DEPENDENT": False}),
+        **dependent_launch(x.device),
     )
     if not whole:
         block = 512

@@ -87,7 +87,7 @@ def _kernel(
 
 def _launch(rows: int, intermediate: int, inputs: int) -> dict[str, Any]:
     """A tile of BLOCK_OUT gates and as many ups. `python -m bench.tune linear_swiglu` sweeps others."""
-    if rows <= 16:
+    if rows <= 16 and inputs > 1024:
         return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "STAGES": 2, "num_warps": 4, "EARLY": False}
     return {"BLOCK_OUT": 64, "BLOCK_IN": 64, "STAGES": 5, "num_warps": 4, "EARLY": True}
 
