@@ -95,7 +95,7 @@ def bench_gap(model: Model, config: ModelConfig, arrival: gap.Arrival, options: 
     engine = our_engine(model, enforce_eager=options.eager)
     rows = gap.bench(engine, arrival, config.vocab_size, options.rounds)
     print(record.table(rows))
-    about = {"arrival": asdict(arrival), "max_prefill_tokens": engine.config.max_prefill_tokens}
+    about = {"arrival": asdict(arrival), "interleaved_prefill_tokens": engine.config.interleaved_prefill_tokens}
     print(save(f"gap-{model.name}", model, rows, options, kernels=str(engine.kernels), **about))
 
 

@@ -7,6 +7,7 @@ bench/results. A case that fails is shown as failed, and then the exit code is 1
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 import traceback
@@ -131,6 +132,7 @@ def bench(op: Op, kernel: str, dtype: torch.dtype, peers: tuple[Peer, ...]) -> l
     rows = []
     for i, case in enumerate(op.large_cases, 1):
         rows.append(measured(op, kernel, case, dtype, peers))
+        gc.collect()  # what peers leave in cycles holds memory of the GPU, and 80 GB were full of it
         print(f"[{i}/{len(op.large_cases)}] {op.name} {case}: {in_short(rows[-1])}", flush=True)
     print(f"\n{op.name}: {kernel}, {time.perf_counter() - start:.0f} s\n{table(rows)}\n", flush=True)
     names = list(dict.fromkeys(peer.name for peer in peers))

@@ -24,6 +24,7 @@ def make_scheduler(policy: str, window: int | None, batch: int, blocks: int, blo
         make_policy(policy, window),
         max_batch_size=batch,
         max_prefill_tokens=1 << 20,
+        interleaved_prefill_tokens=1 << 20,
         age_bound=30.0,
     )
 

@@ -126,4 +126,4 @@ def tokens_needed(workload: Workload, steps: int) -> int:
 
 def _most_prefill_steps(workload: Workload) -> int:
     """Until the first token of all is known; one step may only end the last prompt, and the host may be one behind."""
-    return -(-workload.requests * workload.prompt[1] // EngineConfig.max_prefill_tokens) + 2
+    return -(-workload.requests * workload.prompt[1] // EngineConfig.interleaved_prefill_tokens) + 2

@@ -116,6 +116,13 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         help="prompt tokens computed in one step (default: %(default)s)",
     )
     add(
+        "--interleaved-prefill-tokens",
+        type=int,
+        default=defaults.interleaved_prefill_tokens,
+        metavar="N",
+        help="the same while no more requests wait for their first token than get their next (default: %(default)s)",
+    )
+    add(
         "--gpu-memory-utilization",
         type=float,
         default=defaults.gpu_memory_utilization,

@@ -18,7 +18,9 @@ class EngineConfig:
 
     max_batch_size:          requests that run at once
     max_model_len:           tokens of the longest text, prompt and output; None takes the model's
-    max_prefill_tokens:      prompt tokens computed in one step; longer prompts are prefilled in chunks of this many
+    max_prefill_tokens:      prompt tokens computed in one step; longer prompts are prefilled in chunks
+    interleaved_prefill_tokens:  the same while no more requests wait for their first token than decode: what a long
+                             prompt adds to the time between the others' tokens
     device:                  "cuda", "cuda:N", "cpu" or "auto": a GPU if there is one
     dtype:                   "float32", "float16", "bfloat16" or "auto": the checkpoint's on a GPU, float32 on a CPU
     block_size:              tokens a cache block, 16 to 256
@@ -36,7 +38,8 @@ class EngineConfig:
 
     max_batch_size: int = 32
     max_model_len: int | None = None
-    max_prefill_tokens: int = 2048
+    max_prefill_tokens: int = 8192
+    interleaved_prefill_tokens: int = 2048
     device: str = "auto"
     dtype: str = "auto"
     block_size: int = 256
@@ -55,6 +58,7 @@ class EngineConfig:
     def __post_init__(self):
         self._integer("max_batch_size", 1)
         self._integer("max_prefill_tokens", 1)
+        self._integer("interleaved_prefill_tokens", 1)
         self._integer("block_size", 16, 256)
         self._integer("seed", -math.inf)
         for name in ("max_model_len", "num_blocks"):

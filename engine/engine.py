@@ -120,6 +120,7 @@ class InferenceEngine:
             config.make_policy(),
             max_batch_size=config.max_batch_size,
             max_prefill_tokens=config.max_prefill_tokens,
+            interleaved_prefill_tokens=config.interleaved_prefill_tokens,
             age_bound=config.age_bound,
         )
         self._eos_token_ids = checkpoint.config.eos_token_ids

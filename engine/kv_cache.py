@@ -11,6 +11,7 @@ from ..model.qwen2 import LayerCache, Qwen2
 from ..model.sampler import Sampler
 from ..model.sampling_params import SamplingParams
 from .config import EngineConfig
+from .model_graph import PREFILL_TOKENS
 from .model_runner import ModelRunner
 from .scheduler import Batch, Chunk
 from .sequence import Sequence
@@ -61,23 +62,31 @@ def num_blocks_that_fit(model: Qwen2, sampler: Sampler, config: EngineConfig, dt
 def _activations_of_largest_step(model: Qwen2, sampler: Sampler, config: EngineConfig, dtype: torch.dtype) -> int:
     """Peak bytes of the allocator in a prefill of max_prefill_tokens and in a decode of max_batch_size such texts.
 
-    Graphs keep what their decodes need in a pool of their own, beside what a prefill needs.
+    Graphs have a pool of their own, beside what a prefill needs that is too long for them.
     """
     device = model.embedding.device
-    tokens = min(config.max_prefill_tokens, model.max_length)
-    blocks = -(-tokens // config.block_size)
+    length = min(config.max_prefill_tokens, model.max_length)
+    blocks = -(-length // config.block_size)
     layer = allocate_cache(model.config, 1, blocks, config.block_size, dtype, device)
     runner = ModelRunner(model, sampler, layer * model.config.num_layers, config.max_batch_size)
-    seq = Sequence(0, [0] * tokens, SamplingParams(temperature=1.0, top_p=0.9), max_length=model.max_length)
+    seq = Sequence(0, [0] * length, SamplingParams(temperature=1.0, top_p=0.9), max_length=model.max_length)
     seq.block_table = list(range(blocks))
+
+    def prefill(tokens: int) -> Batch:
+        """Of so many tokens in all, or as many as a batch of texts has."""
+        whole, rest = divmod(min(tokens, length * config.max_batch_size), length)
+        chunks = [Chunk(seq, 0, length)] * whole + [Chunk(seq, 0, rest)] * (rest > 0)
+        return Batch(chunks, [], [seq] * whole)
+
     before = torch.cuda.memory_reserved(device)
     everyone = [seq] * config.max_batch_size
     peaks = []
-    for batch in (Batch([Chunk(seq, 0, tokens)], [], [seq]), Batch([], everyone, everyone)):
+    for batch in (prefill(config.max_prefill_tokens), prefill(PREFILL_TOKENS[-1]), Batch([], everyone, everyone)):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         runner.launch(batch).result()
         peaks.append(torch.cuda.max_memory_reserved(device) - before)
     del layer, runner
     torch.cuda.empty_cache()
-    return max(peaks) if config.enforce_eager else sum(peaks)
+    longest, captured, decode = peaks
+    return max(longest, decode) if config.enforce_eager else longest + max(captured, decode)

@@ -65,7 +65,7 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-PREFILL_TOKENS = (64, 128, 256, 384, 512)
+PREFILL_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 """The token counts that a prefill is captured at. Reading the weights takes the longer part of each; past them, what
 padded tokens compute."""
 PREFILL_CHUNKS = 8

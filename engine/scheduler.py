@@ -57,17 +57,27 @@ class Scheduler:
     policy:              the order of admission and the alignment of decode batches
     max_batch_size:      sequences that run at once
     max_prefill_tokens:  prompt tokens computed in one step; a longer prompt takes several, with decodes in each
+    interleaved_prefill_tokens:  of these, how many while no more requests wait for their first token than decode: the
+                         fewer, the less a long prompt slows the others' pace; the more, the sooner all are served
     age_bound:           seconds; a request older than this is aged, and in no step is anything that arrived later
                          admitted or computed unless the aged request is computed too
     """
 
     def __init__(
-        self, cache: KVCacheManager, policy: Policy, *, max_batch_size: int, max_prefill_tokens: int, age_bound: float
+        self,
+        cache: KVCacheManager,
+        policy: Policy,
+        *,
+        max_batch_size: int,
+        max_prefill_tokens: int,
+        interleaved_prefill_tokens: int,
+        age_bound: float,
     ):
         self.cache = cache
         self.policy = policy
         self.max_batch_size = max_batch_size
         self.max_prefill_tokens = max_prefill_tokens
+        self.interleaved_prefill_tokens = min(interleaved_prefill_tokens, max_prefill_tokens)
         self.age_bound = age_bound
         self.waiting = WaitingQueue(policy)
         self.running: list[Sequence] = []  # by arrival
@@ -132,12 +142,14 @@ class Scheduler:
         while not self._make_room(decodes):
             decodes = self._aligned_decodes(horizon)
         begun = [seq for seq in self.running if seq.num_uncomputed > 1]
-        chunks, held_back = self._prefill_aged(begun, horizon)
+        budget = self._prefill_budget(begun)
+        chunks, held_back = self._prefill_aged(begun, horizon, budget)
         if held_back is not None:
             decodes = [seq for seq in decodes if seq.id < held_back]
         else:
             # What has just been preempted must not take back the blocks that it was preempted for.
-            self._prefill_by_policy(chunks, begun, horizon, admit=self.num_preemptions == preemptions)
+            budget -= sum(chunk.length for chunk in chunks)
+            self._prefill_by_policy(chunks, begun, horizon, budget, admit=self.num_preemptions == preemptions)
         if self.num_preemptions > preemptions:
             # A preempted sequence may be back already, with a chunk: what it shares with others costs it no block.
             prefilled = {chunk.seq for chunk in chunks}
@@ -202,12 +214,19 @@ class Scheduler:
                 return False
         return True
 
-    def _prefill_aged(self, begun: list[Sequence], horizon: float) -> tuple[list[Chunk], int | None]:
+    def _prefill_budget(self, begun: list[Sequence]) -> int:
+        """Prompt tokens of the step. Where most requests wait for their first token, a larger step serves them sooner
+        than it keeps the others waiting."""
+        if len(begun) + len(self.waiting) > len(self.running) - len(begun):
+            return self.max_prefill_tokens
+        return self.interleaved_prefill_tokens
+
+    def _prefill_aged(self, begun: list[Sequence], horizon: float, budget: int) -> tuple[list[Chunk], int | None]:
         """Chunks of aged requests in order of arrival, later arrivals preempted where they are in the way.
 
         → the chunks, and the id of the first aged request that gets nothing: none that came after it may be served
         """
-        chunks, budget = [], self.max_prefill_tokens
+        chunks: list[Chunk] = []
         for seq in self._aged_unprefilled(begun, horizon):
             if budget == 0 or (seq.status is Status.WAITING and not self._admit_over_later(seq)):
                 return chunks, seq.id
@@ -237,9 +256,10 @@ class Scheduler:
             self.preempt(self.running[-1])
         return True
 
-    def _prefill_by_policy(self, chunks: list[Chunk], begun: list[Sequence], horizon: float, *, admit: bool) -> None:
+    def _prefill_by_policy(
+        self, chunks: list[Chunk], begun: list[Sequence], horizon: float, budget: int, *, admit: bool
+    ) -> None:
         """Chunks of what is begun, then, if asked to, of what the policy admits, as far as the budget goes."""
-        budget = self.max_prefill_tokens - sum(chunk.length for chunk in chunks)
         younger = [seq for seq in begun if seq.arrival_time > horizon and seq.status is Status.RUNNING]
         for seq in sorted(younger, key=self.policy.order):
             if budget:

@@ -53,6 +53,7 @@ class Simulation:
         window: int | None = None,
         max_batch_size: int = 8,
         max_prefill_tokens: int = 1 << 30,
+        interleaved_prefill_tokens: int = 1 << 30,
         age_bound: float = math.inf,
         prefix_caching: bool = True,
         hash_function: Callable[[tuple], int] = hash,
@@ -66,6 +67,7 @@ class Simulation:
             make_policy(policy, window),
             max_batch_size=max_batch_size,
             max_prefill_tokens=max_prefill_tokens,
+            interleaved_prefill_tokens=interleaved_prefill_tokens,
             age_bound=age_bound,
         )
         self.contents = CacheContents(block_size)

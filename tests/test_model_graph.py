@@ -76,7 +76,9 @@ def test_every_batch_has_a_bucket_and_the_largest_its_own(largest):
         assert size - count < (8 if size <= 64 else 16 if size <= 128 else 32)
 
 
-@pytest.mark.parametrize("captured, what", [(0, "a decode of 2 sequences"), (2, "a prefill of 512 tokens")])
+@pytest.mark.parametrize(
+    "captured, what", [(0, "a decode of 2 sequences"), (2, f"a prefill of {model_graph.PREFILL_TOKENS[-1]} tokens")]
+)
 def test_what_cannot_be_captured_is_named(folder, monkeypatch, captured, what):
     calls = itertools.count()
 

@@ -121,6 +121,22 @@ def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode():
     assert ids(simulation.step().decodes) == [0, 1]
 
 
+def test_a_step_prefills_more_while_more_requests_wait_than_decode():
+    simulation = Simulation(max_prefill_tokens=16, interleaved_prefill_tokens=4)
+
+    def prefilled() -> int:
+        return sum(chunk.length for chunk in simulation.step().chunks)
+
+    simulation.add([0] * 20, max_tokens=20)
+    assert [prefilled() for _ in range(3)] == [16, 4, 0]  # nobody decodes yet
+    simulation.add([1] * 10, max_tokens=20)
+    assert [prefilled() for _ in range(4)] == [4, 4, 2, 0]  # one waits beside one that decodes
+    for token in (2, 3, 4):
+        simulation.add([token] * 10, max_tokens=20)
+    assert [prefilled() for _ in range(4)] == [16, 4, 4, 4]  # three beside two, and then two beside three
+    assert Simulation(max_prefill_tokens=2, interleaved_prefill_tokens=4).scheduler.interleaved_prefill_tokens == 2
+
+
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("more, blocks", [(-1, -1), (0, -1), (1, 0)])
 def test_a_prefix_is_computed_once(k, more, blocks):
@@ -324,6 +340,7 @@ def microseconds_a_step(running: int, policy: str = "sjf_aligned", window: int |
         make_policy(policy, window),
         max_batch_size=running,
         max_prefill_tokens=1 << 30,
+        interleaved_prefill_tokens=1 << 30,
         age_bound=30.0,
     )
     for id in range(running):

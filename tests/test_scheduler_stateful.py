@@ -104,6 +104,7 @@ class SchedulerLife(RuleBasedStateMachine):
         policy=POLICIES,
         max_batch_size=st.integers(1, 6),
         max_prefill_tokens=st.sampled_from([1, 2, 3, 7, 16, 1000]),
+        interleaved_prefill_tokens=st.sampled_from([1, 3, 1000]),
         age_bound=st.sampled_from([0, 1, 3, 10, math.inf]),
         prefix_caching=st.sampled_from([True, True, True, False]),
         hash_function=HASHES,

@@ -88,6 +88,7 @@ def _server(options: argparse.Namespace, listener: socket.socket) -> Server:
         load_format=options.load_format,
         max_batch_size=options.max_num_seqs,
         max_prefill_tokens=options.max_num_batched_tokens,
+        interleaved_prefill_tokens=options.interleaved_prefill_tokens,
         gpu_memory_utilization=options.gpu_memory_utilization,
         block_size=options.block_size,
         enable_prefix_caching=options.enable_prefix_caching,

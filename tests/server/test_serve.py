@@ -63,7 +63,7 @@ def test_flags_reach_the_engine(monkeypatch):
     monkeypatch.setattr("microvllm.engine.cli_options.InferenceEngine", build)
     flags = "--dtype float16 --max-model-len 100 --max-num-seqs 5 --max-num-batched-tokens 64 --block-size 32 --seed 3"
     flags += " --gpu-memory-utilization 0.5 --no-enable-prefix-caching --enforce-eager --scheduling-policy fcfs --quiet"
-    flags += " --load-format dummy"
+    flags += " --interleaved-prefill-tokens 9 --load-format dummy"
     assert main(["serve", "m", "--port", "0", "--device", "cpu", *flags.split()]) == 2
     ((model, options),) = built
     options.pop("kernels")
@@ -76,6 +76,7 @@ def test_flags_reach_the_engine(monkeypatch):
             "load_format": "dummy",
             "max_batch_size": 5,
             "max_prefill_tokens": 64,
+            "interleaved_prefill_tokens": 9,
             "block_size": 32,
             "seed": 3,
             "gpu_memory_utilization": 0.5,
