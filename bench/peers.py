@@ -340,6 +340,7 @@ def _flashinfer_sample(*, logits, temperature, top_k, top_p, min_p, seed, index)
     from flashinfer import sampling as theirs
 
     stream = {"seed": seed, "offset": index}
+    logits = logits.float()  # it takes no other; the copy is not timed
     if top_k is not None:
         top_k = top_k.int()
 

@@ -266,10 +266,14 @@ class Scheduler:
                 budget -= self._add_chunk(chunks, seq, budget)
         while admit and budget and len(self.running) < self.max_batch_size:
             seq = self.waiting.best()
-            # A free block for each that runs: without it an admission is soon undone by a preemption.
-            if seq is None or not self._admit(seq, leave_free=len(self.running)):
+            # A free block for each that may need one: without it an admission is soon undone by a preemption.
+            if seq is None or not self._admit(seq, leave_free=sum(map(self._may_grow, self.running))):
                 break
             budget -= self._add_chunk(chunks, seq, budget)
+
+    def _may_grow(self, seq: Sequence) -> bool:
+        """Whether the sequence may need another block; its last token is never computed."""
+        return len(seq.block_table) * self.cache.block_size < seq.max_length - 1
 
     def _admit(self, seq: Sequence, *, leave_free: int) -> bool:
         # A prompt's log-probabilities need its logits, so all of it is computed.

@@ -35,10 +35,12 @@ def sample_reference(
     fewest largest whose probability reaches p (Holtzman et al. 2019, arXiv:1904.09751); min_p, those at least min_p
     times as likely as the likeliest (arXiv:2407.01082).
 
-    logits [rows, vocab] float32; temperature [rows] float32; top_k [rows] int64 (vocab: off), top_p [rows] float32
-    (1: off), min_p [rows] float32 (0: off), each None where no row uses it; seed, index [rows] int64
+    logits [rows, vocab], taken as float32; temperature [rows] float32; top_k [rows] int64 (vocab: off), top_p [rows]
+    float32 (1: off), min_p [rows] float32 (0: off), each None where no row uses it; seed, index [rows] int64
     → tokens [rows] int64, −1 for a row that holds NaN or whose largest logit is not finite
     """
+    if logits.dtype.itemsize == 2:
+        logits = logits.float()
     largest, greedy = logits.max(dim=-1)
     valid = largest.isfinite()
     drawn = temperature > 0
@@ -104,10 +106,10 @@ def _launch(vocab: int) -> dict[str, dict[str, int]]:
 
 
 def _check(logits: torch.Tensor, columns: dict[str, tuple[torch.Tensor | None, torch.dtype]]) -> None:
-    if logits.dim() != 2 or logits.dtype != torch.float32 or (logits.numel() and logits.stride(1) != 1):
+    if logits.dim() != 2 or logits.dtype not in OP.dtypes or (logits.numel() and logits.stride(1) != 1):
         raise ValueError(
-            f"logits are [rows, vocab] float32 with contiguous rows, not {list(logits.shape)} {logits.dtype} with "
-            f"strides {logits.stride()}"
+            "logits are [rows, vocab] in float16, bfloat16 or float32 with contiguous rows, not "
+            f"{list(logits.shape)} in {logits.dtype} with strides {logits.stride()}"
         )
     if not 0 < logits.shape[1] <= MAX_VOCAB:
         raise ValueError(f"vocab is 1 to {MAX_VOCAB}, not {logits.shape[1]}")
@@ -133,8 +135,8 @@ def top_k_top_p_sample(
     """As `sample_reference`, in two launches and without a sort. What a row asks for is read on the device.
 
     Sums of probabilities are rounded otherwise than the reference's, so a token that stands within some 1e-6 of top-p's
-    edge may fall on its other side; ties of logits and scores are resolved exactly. ValueError for logits that are not
-    float32 or whose rows are not contiguous, a vocab over MAX_VOCAB, parameters of another shape, dtype or device.
+    edge may fall on its other side; ties of logits and scores are resolved exactly. ValueError for logits that are
+    float64 or whose rows are not contiguous, a vocab over MAX_VOCAB, parameters of another shape, dtype or device.
     """
     floats, integers = torch.float32, torch.int64
     columns = {
@@ -301,5 +303,4 @@ OP = Op(
             for rows in (1, 128)
         ),
     ),
-    dtypes=(torch.float32,),
 )

@@ -42,7 +42,7 @@ def _score(logit, largest, temperature):
 @triton.jit
 def _scores(logits_ptr, token, vocab, largest, temperature):
     """The scores of tokens of one row; past its end, −inf."""
-    return _score(tl.load(logits_ptr + token, mask=token < vocab, other=-_INF), largest, temperature)
+    return _score(tl.load(logits_ptr + token, mask=token < vocab, other=-_INF).to(tl.float32), largest, temperature)
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def summarize_kernel(
     groups: tl.constexpr = CHUNK // GROUP
     group = chunk * groups + tl.arange(0, groups)
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    logit = tl.load(logits_ptr + row * stride_row + token, mask=token < vocab, other=-_INF)
+    logit = tl.load(logits_ptr + row * stride_row + token, mask=token < vocab, other=-_INF).to(tl.float32)
     temperature, _, _, _, filtered = _filters(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab)
     stream = stream_of(seed_ptr, index_ptr, row)
     allow_next(DEPENDENT)

@@ -23,11 +23,11 @@ class Logprobs(NamedTuple):
 class TokenLogprobs:
     """The log-probability of one token in each row, and of the `count` likeliest.
 
-    logits [rows, vocab] float32; tokens [rows] int64, −1 for a row that has none and whose entry means nothing
+    logits [rows, vocab]; tokens [rows] int64, −1 for a row that has none and whose entry means nothing
     """
 
     def __init__(self, logits: torch.Tensor, tokens: torch.Tensor, count: int):
-        logprobs = logits.log_softmax(dim=-1)
+        logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
         chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1)
         self._copy = HostCopy(tokens, chosen, *logprobs.topk(min(count, logits.shape[1]), dim=-1))
 

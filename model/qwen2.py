@@ -142,5 +142,5 @@ class Qwen2(nn.Module):
         return self.kernels.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [rows, hidden] → [rows, vocab] float32"""
-        return self.kernels.linear(hidden, self.head).float()
+        """hidden [rows, hidden] → [rows, vocab]"""
+        return self.kernels.linear(hidden, self.head)

@@ -46,7 +46,7 @@ class Sampler:
         self.kernels = kernels
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Draw:
-        """logits [rows, vocab] float32, left unchanged; every row's `token_ids` hold all its tokens"""
+        """logits [rows, vocab], left unchanged; every row's `token_ids` hold all its tokens"""
         columns = SamplingColumns.of(rows, logits.shape[1], logits.device)
         return self.settle(logits, self.draw(logits, columns), rows)
 
@@ -67,7 +67,7 @@ class Sampler:
     ) -> Draw:
         """Draws again, in place, where a row asks for other logits than the model's, and reports what rows ask for.
 
-        logits [rows, vocab] float32, left unchanged; tokens [rows] int64, from `draw`
+        logits [rows, vocab], left unchanged; tokens [rows] int64, from `draw`
         newest: gives the last tokens [rows] int64, on the device, that rows' `token_ids` lack
         """
         again = [i for i, row in enumerate(rows) if adjusts(row)]
@@ -75,6 +75,6 @@ class Sampler:
             index = to_device(again, torch.int64, logits.device)
             chosen = [rows[i] for i in again]
             behind = any(len(row.token_ids) < row.num_tokens for row in chosen)
-            adjusted = adjust(logits[index], chosen, newest()[index] if behind else None)
+            adjusted = adjust(logits[index].float(), chosen, newest()[index] if behind else None)
             tokens[index] = self.draw(adjusted, SamplingColumns.of(chosen, logits.shape[1], logits.device))
         return Draw(tokens, logits, rows, redrawn=bool(again))

@@ -28,7 +28,7 @@ class RecordingSampler(Sampler):
 
     def settle(self, logits, tokens, rows, newest=None):
         for row, seq in zip(logits, rows, strict=True):
-            self.logits[seq.id, seq.num_tokens - seq.num_prompt] = row.cpu().clone()
+            self.logits[seq.id, seq.num_tokens - seq.num_prompt] = row.float().cpu()
         return super().settle(logits, tokens, rows, newest)
 
 
