@@ -153,14 +153,18 @@ class AsyncEngine:
         self._commands.put(partial(self._begin, stream))
         return stream
 
-    async def encode(self, prompt: Prompt) -> list[int]:
+    async def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
         """The prompt's token ids; ValueError as from the engine's `encode`."""
-        return await self._in_encoder(self.engine.encode, prompt)
+        return await self._in_encoder(partial(self.engine.encode, prompt, add_special_tokens=add_special_tokens))
 
     async def decode(self, token_ids: Sequence[int]) -> str:
-        """Their text; ValueError where the model has no tokenizer."""
+        """Their text; ValueError where one is outside the vocabulary or the model has no tokenizer."""
         if self.engine.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer")
+        vocab_size = self.engine.model_config.vocab_size
+        for token in token_ids:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"token id {token} must be from 0 to {vocab_size - 1}")
         return await self._in_encoder(self.engine.tokenizer.decode, token_ids)
 
     async def drain(self, timeout: float) -> None:

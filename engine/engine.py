@@ -229,8 +229,11 @@ class InferenceEngine:
         """
         return self._prepare(prompt, self._params(params, options), self._outbox)
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The prompt's token ids; ValueError where it is no prompt, or clearly too long a text."""
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """The prompt's token ids; ValueError where it is no prompt, or clearly too long a text.
+
+        add_special_tokens: whether a text's tokens come after those that the model's texts begin with
+        """
         if isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], dict)):
             return list(prompt)
         if not isinstance(prompt, (str, list, tuple)):
@@ -238,7 +241,7 @@ class InferenceEngine:
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer: give the prompt as token ids")
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, max_tokens=self.max_model_len)
+            return self.tokenizer.encode(prompt, max_tokens=self.max_model_len, add_special_tokens=add_special_tokens)
         return self.tokenizer.encode_chat(list(prompt), max_tokens=self.max_model_len)
 
     def add(self, request: Request) -> int:

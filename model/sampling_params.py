@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -13,6 +12,42 @@ MAX_LOGPROBS = 100
 
 MAX_TOP_K = (1 << 31) - 1
 """More than any vocabulary, and an integer that a tensor can hold."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number may be.
+
+    high:        None is no bound
+    open_below:  `low` itself is not allowed
+    """
+
+    low: float
+    high: float | None = None
+    open_below: bool = False
+
+
+INTEGERS = {
+    "max_tokens": Bounds(1),
+    "top_k": Bounds(0, MAX_TOP_K),
+    "min_tokens": Bounds(0),  # up to max_tokens
+    "seed": Bounds(-(1 << 63), (1 << 63) - 1),
+    "logprobs": Bounds(0, MAX_LOGPROBS),
+    "prompt_logprobs": Bounds(0, MAX_LOGPROBS),
+}
+NUMBERS = {
+    "temperature": Bounds(0.0),
+    "top_p": Bounds(0.0, 1.0, open_below=True),
+    "min_p": Bounds(0.0, 1.0),
+    "repetition_penalty": Bounds(0.01, 100.0),
+    "presence_penalty": Bounds(-2.0, 2.0),
+    "frequency_penalty": Bounds(-2.0, 2.0),
+}
+BIAS = Bounds(-100.0, 100.0)
+"""Of a token in `logit_bias`."""
+
+OPTIONAL = ("seed", "logprobs", "prompt_logprobs")
+"""What may be None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,22 +91,16 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self):
-        _integer("max_tokens", self.max_tokens, 1)
-        _number("temperature", self.temperature, 0.0, math.inf)
-        _integer("top_k", self.top_k, 0, MAX_TOP_K)
-        _number("top_p", self.top_p, 0.0, 1.0, open_below=True)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        for name, bounds in {**INTEGERS, "min_tokens": Bounds(0, self.max_tokens)}.items():
+            if getattr(self, name) is not None or name not in OPTIONAL:
+                _integer(name, getattr(self, name), bounds)
+        for name, bounds in NUMBERS.items():
+            _number(name, getattr(self, name), bounds)
         if not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias={self.logit_bias!r} must map token ids to numbers")
         for token, bias in self.logit_bias.items():
-            _integer("a token id of logit_bias", token, 0)
-            _number(f"logit_bias[{token}]", bias, -100.0, 100.0)
-        if self.seed is not None:
-            _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
-        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+            _integer("a token id of logit_bias", token, Bounds(0))
+            _number(f"logit_bias[{token}]", bias, BIAS)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop={self.stop!r} must be a string or several, none of them empty")
@@ -79,13 +108,10 @@ class SamplingParams:
         if not isinstance(self.stop_token_ids, (tuple, list)):
             raise ValueError(f"stop_token_ids={self.stop_token_ids!r} must be a list of token ids")
         for token in self.stop_token_ids:
-            _integer("a token of stop_token_ids", token, 0)
+            _integer("a token of stop_token_ids", token, Bounds(0))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos={self.ignore_eos!r} must be True or False")
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
 
     @classmethod
     def of(cls, **options: Any) -> SamplingParams:
@@ -104,18 +130,18 @@ class SamplingParams:
                     raise ValueError(f"token id {token} of {name} must be under the vocabulary's size, {vocab_size}")
 
 
-def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+def _integer(name: str, value: Any, bounds: Bounds) -> None:
+    low, high = bounds.low, bounds.high
     inside = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
     if not inside:
         allowed = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
         raise ValueError(f"{name}={value!r} must be {allowed}")
 
 
-def _number(name: str, value: Any, low: float, high: float, open_below: bool = False) -> None:
+def _number(name: str, value: Any, bounds: Bounds) -> None:
+    low, high = bounds.low, bounds.high
     # An integer beyond the largest float is as little a number here as infinity.
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if not number or value < low or value > high or (open_below and value == low):
-        above = f"{'over' if open_below else 'at least'} {low:g}"
-        raise ValueError(
-            f"{name}={value!r} must be a number {above}{'' if high == math.inf else f' and at most {high:g}'}"
-        )
+    if not number or value < low or (high is not None and value > high) or (bounds.open_below and value == low):
+        above = f"{'over' if bounds.open_below else 'at least'} {low:g}"
+        raise ValueError(f"{name}={value!r} must be a number {above}{'' if high is None else f' and at most {high:g}'}")

@@ -59,13 +59,13 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self._bytes)
 
-    def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
-        """The text's token ids, after the special tokens that the model's texts begin with (BOS for Llama).
+    def encode(self, text: str, *, max_tokens: int | None = None, add_special_tokens: bool = True) -> list[int]:
+        """The text's token ids, after the special tokens that the model's texts begin with (BOS for Llama), if wanted.
 
         max_tokens: a text that has more, whatever its tokens, is refused before time is spent on it; others may pass
         ValueError if it is refused or not valid Unicode.
         """
-        return self._encode(text, max_tokens, add_special_tokens=True)
+        return self._encode(text, max_tokens, add_special_tokens=add_special_tokens)
 
     def encode_chat(self, messages: list[dict[str, str]], *, max_tokens: int | None = None) -> list[int]:
         """The conversation in the model's chat template, up to where the assistant's answer begins.

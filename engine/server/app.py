@@ -16,7 +16,8 @@ from ..engine import InferenceEngine
 from . import responses as out
 from .chat import complete_chat
 from .completions import complete
-from .errors import APIError, add_handlers, documented
+from .description import describe, events
+from .errors import APIError, ErrorBody, add_handlers, documented
 from .events import ClientLeft
 from .generate import generate, generate_stream
 from .guard import Guard
@@ -24,7 +25,8 @@ from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .served_model import ServedModel
 
-STREAMED = {200: {"description": "Or server-sent events", "content": {"text/event-stream": {}}}}
+ASKED = documented(400, 404, 413, 429, 503)
+"""What every request with a body may be answered with."""
 
 
 def make_app(
@@ -49,7 +51,7 @@ def make_app(
         title="micro-vllm",
         version=version("micro-vllm"),
         lifespan=lifespan,
-        responses=documented(400, 401, 404, 413, 429, 500, 503),
+        responses=documented(401, 500),
     )
     app.state.engine = running
     app.add_middleware(Guard, api_keys=api_keys)
@@ -59,31 +61,43 @@ def make_app(
     async def client_left(request: Request, error: ClientLeft) -> Response:
         return Response(status_code=499)  # nobody reads it; nginx's number for this
 
-    @app.post("/v1/completions", response_model=out.Completion, responses=STREAMED)
+    @app.post(
+        "/v1/completions",
+        response_model=out.Completion,
+        responses={**ASKED, 200: events("With `stream`, an event a token.", out.Completion, ErrorBody)},
+    )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """OpenAI's completions."""
         return _answer(await complete(body, served, request.receive))
 
-    @app.post("/v1/chat/completions", response_model=out.ChatCompletion, responses=STREAMED)
+    @app.post(
+        "/v1/chat/completions",
+        response_model=out.ChatCompletion,
+        responses={**ASKED, 200: events("With `stream`, an event a token.", out.ChatChunk, ErrorBody)},
+    )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """OpenAI's chat completions."""
         return _answer(await complete_chat(body, served, request.receive))
 
-    @app.post("/generate", response_model=out.Generated)
+    @app.post("/generate", response_model=out.Generated | out.GeneratedList, responses=ASKED)
     async def generate_whole(body: GenerateRequest, request: Request) -> Response:
-        """A completion with the engine's own defaults: greedy, 256 tokens."""
+        """A completion with the engine's own defaults: greedy, 256 tokens. Several `prompts` are answered in a list."""
         return _answer(await generate(body, served, request.receive))
 
-    @app.post("/generate_stream", response_model=out.GeneratedToken, responses=STREAMED)
+    @app.post(
+        "/generate_stream",
+        response_class=Response,
+        responses={**ASKED, 200: events("An event a token.", out.GeneratedToken, out.GeneratedEnd, ErrorBody)},
+    )
     async def generate_events(body: GenerateRequest) -> Response:
-        """The same as server-sent events: one a token, the last one with the usage, then [DONE]."""
+        """The same as server-sent events: one a token, each prompt's last one with the usage, then [DONE]."""
         return await generate_stream(body, served)
 
     @app.get("/v1/models")
     async def models() -> out.ModelList:
         return out.ModelList(object="list", data=[_card(name) for name in names])
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=documented(404))
     async def model(name: str) -> out.ModelCard:
         served.check_name(name)
         return _card(name)
@@ -93,30 +107,30 @@ def make_app(
             id=name, object="model", created=served.created, owned_by="micro-vllm", max_model_len=engine.max_model_len
         )
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", responses=documented(400, 404, 413))
     async def tokenize(body: TokenizeRequest) -> out.Tokenized:
         served.check_name(body.model)
         prompt = body.text_or_chat()
         try:
-            tokens = await running.encode(prompt)
+            tokens = await running.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
         except ValueError as error:
             raise APIError.of(error, "prompt" if isinstance(prompt, str) else "messages") from None
         return out.Tokenized(count=len(tokens), max_model_len=engine.max_model_len, tokens=tokens)
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", responses=documented(400, 404, 413))
     async def detokenize(body: DetokenizeRequest) -> out.Detokenized:
         body.refuse_unsupported()
         served.check_name(body.model)
         try:
             return out.Detokenized(prompt=await running.decode(body.tokens))
         except ValueError as error:
-            raise APIError.of(error) from None
+            raise APIError.of(error, "tokens") from None
 
     @app.get("/version")
     async def show_version() -> out.Version:
         return out.Version(version=version("micro-vllm"))
 
-    @app.get("/health", response_class=PlainTextResponse)
+    @app.get("/health", response_class=PlainTextResponse, responses=documented(503))
     async def health() -> str:
         if running.error is not None:
             raise APIError.of(running.error)
@@ -126,6 +140,7 @@ def make_app(
     async def show_metrics() -> Response:
         return Response(metrics.text(running.stats), media_type=CONTENT_TYPE_LATEST)
 
+    describe(app, names, [ErrorBody, out.ChatChunk, out.GeneratedToken, out.GeneratedEnd], keys=bool(api_keys))
     return app
 
 

@@ -25,8 +25,8 @@ async def complete(body: CompletionRequest, served: ServedModel, receive: Receiv
     changes: dict[str, Any] = {"logprobs": body.logprobs}
     if body.echo:
         changes["prompt_logprobs"] = body.logprobs
-        if _echo_only(body):
-            changes["max_tokens"] = 1  # the engine generates something; it is not shown
+    if _echo_only(body):
+        changes["max_tokens"] = 1  # the engine generates something; it is not shown
     params = body.all_params(**changes)
     stream = await served.submit(body.prompt, params, "prompt")
     answer = _Answer(body, served, stream, head, len(params))
@@ -39,8 +39,13 @@ async def complete(body: CompletionRequest, served: ServedModel, receive: Receiv
 
 
 def _echo_only(body: CompletionRequest) -> bool:
-    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return bool(body.echo) and limit == 0
+    """Whether nothing is generated; APIError where nothing is echoed either."""
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    if getattr(body, name) != 0:
+        return False
+    if not body.echo:
+        raise APIError(400, f"{name}=0 needs echo to be true", param=name)
+    return True
 
 
 class _Answer:

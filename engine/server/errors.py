@@ -10,12 +10,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ..async_engine import DeadError, DrainingError, OverloadedError
 
+RETRIED = (429, 503)
 RETRY_AFTER = "1"
-"""Seconds, for 429 and 503."""
+"""Seconds, for these."""
 
 LONGEST_MESSAGE = 1000
 """Characters: a message may quote what the client sent."""
@@ -53,7 +55,7 @@ class APIError(Exception):
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> Response:
-        headers = {"Retry-After": RETRY_AFTER} if self.status in (429, 503) else {}
+        headers = {"Retry-After": RETRY_AFTER} if self.status in RETRIED else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return Response(json.dumps(self.body()), self.status, headers, "application/json")
@@ -91,18 +93,35 @@ def add_handlers(app: FastAPI) -> None:
         return APIError(500, "an internal fault of the server, see its log").response()
 
 
+class ErrorDetail(BaseModel):
+    """param: the parameter that is at fault.   code: a word for programs"""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+ERRORS = {
+    400: "The request is wrong, or asks for what is not supported; param names the parameter",
+    401: "A valid API key is needed, as `Authorization: Bearer KEY`",
+    404: "No such model",
+    413: "The body is too large",
+    429: "As many requests run or wait as may",
+    500: "A fault of the server, or of this request alone",
+    503: "The server shuts down, or the engine is dead",
+}
+
+
 def documented(*statuses: int) -> Mapping[int | str, dict[str, Any]]:
     """The errors of a route, for /docs."""
-    error = {
-        "type": "object",
-        "properties": {
-            "message": {"type": "string"},
-            "type": {"type": "string"},
-            "param": {"type": ["string", "null"]},
-            "code": {"type": ["string", "null"]},
-        },
-    }
-    schema = {"type": "object", "properties": {"error": error}}
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}}}
+    retry = {"headers": {"Retry-After": {"description": "Seconds", "schema": {"type": "integer"}}}}
     return {
-        status: {"description": "An error", "content": {"application/json": {"schema": schema}}} for status in statuses
+        status: {"description": ERRORS[status], "content": content} | (retry if status in RETRIED else {})
+        for status in statuses
     }

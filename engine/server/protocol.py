@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,7 +18,8 @@ from pydantic import (
     WrapValidator,
 )
 
-from ...model.sampling_params import SamplingParams
+from ...model.sampling_params import BIAS, INTEGERS, MAX_TOP_K, NUMBERS, Bounds, SamplingParams
+from .description import within
 from .errors import APIError
 
 MAX_PROMPTS = 128
@@ -49,74 +52,144 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Parameters that are not supported, with the values that ask for nothing."""
 
 
-class Body(BaseModel):
+def _only_what_is_known(schema: dict[str, Any]) -> None:
+    known = schema["properties"]
+    for name in WITHOUT_EFFECT:
+        known.setdefault(name, {"description": "Taken, and without effect here."})
+    for name, values in NEUTRAL.items():
+        known.setdefault(name, {"enum": [*values, None], "description": "Not supported: only what asks for nothing."})
+    schema["additionalProperties"] = False
+
+
+def _one_of(name: str, other: str) -> Callable[[dict[str, Any]], None]:
+    """What is known, and of two fields the one or the other."""
+
+    def only(field: str, not_this: str) -> dict[str, Any]:
+        return {"required": [field], "properties": {field: {"not": {"type": "null"}}, not_this: {"type": "null"}}}
+
+    def describe(schema: dict[str, Any]) -> None:
+        _only_what_is_known(schema)
+        schema["oneOf"] = [only(name, other), only(other, name)]
+
+    return describe
+
+
+class Object(BaseModel):
     """A JSON object, whose numbers are numbers and whose strings are strings."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, use_attribute_docstrings=True)
+
+
+class Body(Object):
+    model_config = ConfigDict(json_schema_extra=_only_what_is_known)
+
+    model: str | None = None
+    """What /v1/models lists; the answer is the same without."""
 
     def refuse_unsupported(self) -> None:
         """APIError where it asks for what this server does not do."""
         for name, value in (self.model_extra or {}).items():
-            if value is not None and name not in WITHOUT_EFFECT and value not in NEUTRAL.get(name, ()):
+            asks_for_nothing = value is None or any(_same(value, neutral) for neutral in NEUTRAL.get(name, ()))
+            if name not in WITHOUT_EFFECT and not asks_for_nothing:
                 raise APIError(400, f"{name} is not supported", param=name, code="unsupported_parameter")
 
 
-class StreamOptions(BaseModel):
-    """include_usage: whether an event without choices, with the usage, comes before the end"""
+def _same(value: Any, other: Any) -> bool:
+    """As JSON has it, where true is not 1."""
+    return type(value) is type(other) and value == other
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+
+class StreamOptions(Object):
+    model_config = ConfigDict(extra="forbid")
 
     include_usage: bool | None = None
+    """Whether an event without choices, with the usage, comes before the end."""
 
 
 def _one_or_several(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
-Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_one_or_several, str | list[str])]
-TopCount = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
-TokenIds = Annotated[list[int], Field(max_length=MAX_TOKENS_NAMED)]
+def _whole(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """5.0 is an integer in JSON, and in a list too; only what is not plainly integers is looked at one by one."""
+    try:
+        return check(value)
+    except ValidationError:
+        if isinstance(value, list) and any(isinstance(each, float) for each in value):
+            return check([int(each) if _is_whole(each) else each for each in value])
+        if _is_whole(value):
+            return check(int(value))
+        raise
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+Integer = Annotated[int, WrapValidator(_whole)]
+Limit = Annotated[int, Field(ge=INTEGERS["max_tokens"].low), WrapValidator(_whole)]
+LimitOrNothing = Annotated[int, Field(ge=0), WrapValidator(_whole)]
+Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH, json_schema_extra={"minLength": 1})]
+SeveralStops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Stops = Annotated[SeveralStops, BeforeValidator(_one_or_several, Stop | SeveralStops)]
+TopCount = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WrapValidator(_whole)]
+TokenId = Annotated[int, within(Bounds(0))]
+TokenIds = Annotated[list[TokenId], WrapValidator(_whole)]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKENS_NAMED), WrapValidator(_whole)]
 
 
 def _token_ids(bias: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): value for token, value in bias.items()}
-    except ValueError:
-        raise ValueError("must map token ids to numbers") from None
+    if not all(re.fullmatch("[0-9]{1,10}", token) for token in bias):
+        raise ValueError("must map token ids to numbers")
+    return {int(token): value for token, value in bias.items()}
 
 
-Bias = Annotated[dict[str, float], Field(max_length=MAX_TOKENS_NAMED), AfterValidator(_token_ids)]
+Bias = Annotated[
+    dict[str, Annotated[float, within(BIAS)]],
+    Field(max_length=MAX_TOKENS_NAMED, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,10}$"}}),
+    AfterValidator(_token_ids),
+]
 
 
 class Sampling(Body):
-    """How an answer is drawn and when it ends; `SamplingParams` says what is allowed.
-
-    top_k: −1 is off, as 0 is
-    """
+    """How an answer is drawn and when it ends; `SamplingParams` says what is allowed."""
 
     defaults: ClassVar[dict[str, Any]] = {}
     """What is not asked for and is not SamplingParams' own default."""
 
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
+    max_tokens: Limit | None = None
+    """Tokens to generate at most; fewer where the model's longest text ends."""
+    temperature: Annotated[float, within(NUMBERS["temperature"])] | None = None
+    """0 takes the likeliest token, 1 draws from the model's own distribution."""
+    top_p: Annotated[float, within(NUMBERS["top_p"])] | None = None
+    """Draw among the fewest likeliest whose probability reaches p; 1 is off."""
+    top_k: Annotated[Integer, within(Bounds(-1, MAX_TOP_K))] | None = None
+    """Draw among the k likeliest; 0 and -1 are off."""
+    min_p: Annotated[float, within(NUMBERS["min_p"])] | None = None
+    """Draw among those at least min_p times as likely as the likeliest; 0 is off."""
     stop: Stops | None = None
-    stop_token_ids: TokenIds | None = None
+    """A string or several that end the text, which is shown up to there."""
+    stop_token_ids: StopTokenIds | None = None
+    """Tokens that end the text besides the model's end-of-sequence."""
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    """Whether to go on after the model's end-of-sequence."""
+    min_tokens: Annotated[Integer, within(INTEGERS["min_tokens"])] | None = None
+    """The answer does not stop before so many tokens; max_tokens at most."""
+    seed: Annotated[Integer, within(INTEGERS["seed"])] | None = None
+    """The same seed draws the same tokens."""
+    presence_penalty: Annotated[float, within(NUMBERS["presence_penalty"])] | None = None
+    """Taken from the logit of a token that is in the answer already."""
+    frequency_penalty: Annotated[float, within(NUMBERS["frequency_penalty"])] | None = None
+    """The same, once for each time that it is there."""
+    repetition_penalty: Annotated[float, within(NUMBERS["repetition_penalty"])] | None = None
+    """Divides positive and multiplies negative logits of tokens seen so far, those of the prompt included."""
     logit_bias: Bias | None = None
+    """Token ids, as strings, and what is added to their logits."""
 
     def sampling_params(self, **changes: Any) -> SamplingParams:
         """APIError names the field that is wrong."""
         self.refuse_unsupported()
-        names = Sampling.model_fields
+        names = Sampling.model_fields.keys() - Body.model_fields.keys()
         asked = {name: value for name in names if (value := getattr(self, name)) is not None}
         options = self.defaults | asked | changes
         if options.get("top_k") == -1:
@@ -128,19 +201,18 @@ class Sampling(Body):
 
 
 class OpenAISampling(Sampling):
-    """What both kinds of completion take.
+    """What both kinds of completion take."""
 
-    max_completion_tokens:  the newer name of max_tokens, which it overrides
-    n:                      answers to each prompt; with a seed, answer i is drawn with seed + i
-    user:                   taken and not used
-    """
-
-    model: str | None = None
-    max_completion_tokens: int | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_completion_tokens: Limit | None = None
+    """The newer name of max_tokens, which it overrides."""
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WrapValidator(_whole)] | None = None
+    """Answers to each prompt; with a seed, answer i is drawn with seed + i."""
     stream: bool | None = None
+    """Whether the answer comes as server-sent events, one a token."""
     stream_options: StreamOptions | None = None
+    """Only with `stream`."""
     user: str | None = None
+    """Taken and not used."""
 
     @property
     def wants_usage(self) -> bool:
@@ -164,88 +236,132 @@ def _wrapped(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _prompts(value: Any, check: ValidatorFunctionWrapHandler) -> list[str | list[int]]:
-    """A list of prompts, whatever it was given as."""
-    one = isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int)
-    try:
-        return check([value] if one else value)
-    except ValidationError:
-        raise ValueError(f"must be a text, its token ids, or from 1 to {MAX_PROMPTS} of either") from None
+A_TEXT = "The capital of France is"
+ONE = "a text or its token ids"
+SEVERAL = f"from 1 to {MAX_PROMPTS} of either"
 
 
-AnyPrompts = str | list[int] | list[str] | list[list[int]]
-Prompts = Annotated[
-    list[str | list[int]], Field(min_length=1, max_length=MAX_PROMPTS), WrapValidator(_prompts, AnyPrompts)
+def _or_say(allowed: str) -> WrapValidator:
+    """A union's own errors name each of its parts."""
+
+    def check(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError(f"must be {allowed}") from None
+
+    return WrapValidator(check)
+
+
+def _as_several(value: Any) -> Any:
+    one = isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) in (int, float))
+    return [value] if one else value
+
+
+PromptIds = Annotated[list[TokenId], Field(min_length=1), WrapValidator(_whole)]
+AnyPrompts = Annotated[list[str | PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+OnePrompt = Annotated[str | PromptIds, _or_say(ONE)]
+SeveralPrompts = Annotated[AnyPrompts, _or_say(SEVERAL)]
+OneOrSeveralPrompts = Annotated[
+    AnyPrompts, BeforeValidator(_as_several, str | PromptIds | AnyPrompts), _or_say(f"{ONE}, or {SEVERAL}")
 ]
 
 
 class CompletionRequest(OpenAISampling):
-    """Texts to go on with.
-
-    prompt:    a text, its token ids, or several of either
-    echo:      whether the prompt comes before its completion
-    logprobs:  report the log-probability of each token and of the so many likeliest; with echo, of the prompt's too
-    """
+    """Texts to go on with, 16 tokens long and drawn at temperature 1 where nothing else is asked for."""
 
     defaults: ClassVar[dict[str, Any]] = {"max_tokens": 16, "temperature": 1.0}
 
-    prompt: Prompts
+    prompt: OneOrSeveralPrompts = Field(examples=[A_TEXT])
+    """A text, its token ids, or several of either."""
+    max_tokens: LimitOrNothing | None = None
+    """Tokens to generate at most; 0 only with `echo`."""
+    max_completion_tokens: LimitOrNothing | None = None
+    """The newer name of max_tokens, which it overrides."""
     echo: bool | None = None
+    """Whether the prompt comes before its completion."""
     logprobs: TopCount | None = None
+    """Report the log-probability of each token and of the so many likeliest; with `echo`, of the prompt's too."""
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class TextPart(Object):
+    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
     text: str
 
 
-class Message(Body):
+NOTHING = (None, [], "")
+
+
+def _nothing_else(schema: dict[str, Any]) -> None:
+    schema["properties"]["type"] = {"enum": ["text", *NOTHING]}
+    schema["additionalProperties"] = {"enum": list(NOTHING)}
+
+
+class Message(Object):
     """A turn of a conversation; a developer's message is a system message."""
+
+    model_config = ConfigDict(json_schema_extra=_nothing_else)
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
     def for_template(self) -> dict[str, str]:
         for name, value in (self.model_extra or {}).items():
-            if value not in (None, [], "") and (name, value) != ("type", "text"):  # lm-eval's
+            if value not in NOTHING and (name, value) != ("type", "text"):  # lm-eval's
                 raise APIError(400, f"{name} of a message is not supported", param="messages")
         role = "system" if self.role == "developer" else self.role
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": role, "content": content}
 
 
-class ChatRequest(OpenAISampling):
-    """A conversation to be answered, in the model's own template.
+Messages = Annotated[list[Message], Field(min_length=1)]
 
-    max_tokens:    without it, as many as fit
-    logprobs:      whether to report the log-probability of each token
-    top_logprobs:  and of the so many likeliest
+
+class ChatRequest(OpenAISampling):
+    """A conversation to be answered in the model's own template, at temperature 1 where nothing else is asked for, and
+    without a max_tokens for as long as fits.
     """
 
     defaults: ClassVar[dict[str, Any]] = {"temperature": 1.0}
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages = Field(examples=[[{"role": "user", "content": "What is a GPU?"}]])
     logprobs: bool | None = None
+    """Whether to report the log-probability of each token."""
     top_logprobs: TopCount | None = None
+    """And of the so many likeliest; only with `logprobs`."""
 
     def chat(self) -> list[dict[str, str]]:
         return [message.for_template() for message in self.messages]
 
 
 class GenerateRequest(Sampling):
-    """A prompt to go on with: a text or its token ids. The fields of SamplingParams, with its defaults."""
+    """A prompt to go on with or several, greedily and for 256 tokens where nothing else is asked for."""
 
-    prompt: str | Annotated[list[int], Field(min_length=1)]
+    model_config = ConfigDict(json_schema_extra=_one_of("prompt", "prompts"))
+
+    prompt: OnePrompt | None = Field(None, examples=[A_TEXT])
+    """A text or its token ids."""
+    prompts: SeveralPrompts | None = None
+    """Instead of `prompt`: several, of which each is answered."""
+
+    def all_prompts(self) -> list[str | list[int]]:
+        """APIError where there are none."""
+        if (self.prompt is None) == (self.prompts is None):
+            raise APIError(400, "give either a prompt or prompts", param="prompt")
+        return [self.prompt] if self.prompts is None else self.prompts
 
 
 class TokenizeRequest(Body):
     """A text or a conversation, one of them."""
 
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    model_config = ConfigDict(json_schema_extra=_one_of("prompt", "messages"))
+
+    prompt: str | None = Field(None, examples=[A_TEXT])
+    add_special_tokens: bool | None = None
+    """Whether a text's tokens come after those that the model's texts begin with; true if not given."""
+    messages: Messages | None = None
 
     def text_or_chat(self) -> str | list[dict[str, str]]:
         self.refuse_unsupported()
@@ -255,5 +371,4 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    model: str | None = None
-    tokens: list[int]
+    tokens: TokenIds

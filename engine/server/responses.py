@@ -119,7 +119,7 @@ class ModelList(BaseModel):
 
 
 class Generated(BaseModel):
-    """The whole answer of /generate; the last event of /generate_stream, where `text` is that of the last token."""
+    """The answer to a prompt of /generate."""
 
     text: str
     token_ids: list[int]
@@ -127,9 +127,24 @@ class Generated(BaseModel):
     usage: UsageBody
 
 
+class GeneratedList(BaseModel):
+    """In the order of the prompts."""
+
+    results: list[Generated]
+
+
 class GeneratedToken(BaseModel):
+    """A token of the answer to the prompt number `index`, counted from 0."""
+
+    index: int
     token_id: int
     text: str
+
+
+class GeneratedEnd(Generated):
+    """The last event of an answer; `text` is what its last token adds."""
+
+    index: int
 
 
 class Tokenized(BaseModel):

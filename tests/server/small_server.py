@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from microvllm import InferenceEngine
 from microvllm.engine.async_engine import AsyncEngine
 from microvllm.engine.server.app import make_app
@@ -30,11 +31,12 @@ def send(connection: socket.socket, path: str, body: dict[str, Any]) -> None:
 @dataclass
 class SmallServer:
     engine: InferenceEngine
-    running: AsyncEngine
+    app: FastAPI
     port: int
     client: httpx.Client = field(init=False)
 
     def __post_init__(self):
+        self.running: AsyncEngine = self.app.state.engine
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
@@ -73,7 +75,7 @@ def serving(engine: InferenceEngine, **options: Any) -> Iterator[SmallServer]:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.005)
-        small = SmallServer(engine, app.state.engine, listener.getsockname()[1])
+        small = SmallServer(engine, app, listener.getsockname()[1])
         try:
             yield small
         finally:

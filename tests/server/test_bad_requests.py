@@ -90,7 +90,7 @@ def error(answer, status: int) -> dict:
 def test_a_bad_or_unsupported_field_is_named(server, path, field, value):
     body = {"prompt": "hello"} if path == COMPLETIONS else {"messages": HI}
     answer = server.client.post(path, content=json.dumps(body | {field: value}), headers=JSON)
-    assert error(answer, 400)["param"] == ("max_tokens" if field == "max_completion_tokens" else field)
+    assert error(answer, 400)["param"] == field
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,51 @@ FOR_CHAT = [None, [{"role": "user", "content": "a" * 200}]]  # a text to tokeniz
 def test_bad_messages(server, path, messages):
     answer = server.client.post(path, content=json.dumps({"messages": messages}), headers=JSON)
     assert error(answer, 400)["param"] == "messages"
+
+
+@pytest.mark.parametrize(
+    "body, param",
+    [
+        ({}, "prompt"),
+        ({"prompt": None, "prompts": None}, "prompt"),
+        ({"prompt": "a", "prompts": ["a"]}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [VOCAB_SIZE]}, "prompt"),
+        ({"prompts": []}, "prompts"),
+        ({"prompts": "a"}, "prompts"),
+        ({"prompts": ["a", ""]}, "prompts"),
+        ({"prompts": ["a"] * 129}, "prompts"),
+        ({"prompt": "a", "stream": True}, "stream"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "temprature": 1}, "temprature"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+def test_what_generate_refuses_is_named(server, path, body, param):
+    assert error(server.post(path, body), 400)["param"] == param
+
+
+def test_whole_floats_are_integers_and_true_is_not(server):
+    whole = server.post(COMPLETIONS, {"prompt": [5.0, 6], "max_tokens": 2.0, "n": 1.0, "stop_token_ids": [7.0]})
+    assert whole.status_code == 200 and whole.json()["usage"]["prompt_tokens"] == 2
+    for body, param in [
+        ({"prompt": [5.5]}, "prompt"),
+        ({"prompt": "a", "n": True}, "n"),
+        ({"prompt": "a", "best_of": True}, "best_of"),
+    ]:
+        assert error(server.post(COMPLETIONS, body), 400)["param"] == param
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB_SIZE, 10**30])
+def test_a_token_outside_the_vocabulary_has_no_text(server, token):
+    answer = error(server.post("/detokenize", {"tokens": [5, token]}), 400)
+    assert answer["param"] == "tokens" and str(token) in answer["message"]
+
+
+def test_a_limit_that_another_overrides_is_checked_all_the_same(server):
+    body = {"messages": HI, "max_tokens": -1, "max_completion_tokens": 1}
+    assert error(server.post(CHAT, body), 400)["param"] == "max_tokens"
 
 
 def test_a_text_that_is_far_too_long_is_not_even_tokenized(server):
@@ -184,10 +229,10 @@ def test_values_that_ask_for_nothing_pass(server):
     assert server.post(COMPLETIONS, body | neutral).status_code == 200
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/generate", "/tokenize", "/detokenize"])
 def test_another_model_is_not_found(server, path):
     body = {"model": "gpt-4", "prompt": "a", "messages": HI, "tokens": [5]}
-    kept = {COMPLETIONS: "prompt", CHAT: "messages", "/tokenize": "prompt", "/detokenize": "tokens"}[path]
+    kept = {CHAT: "messages", "/detokenize": "tokens"}.get(path, "prompt")
     answer = error(server.post(path, {"model": body["model"], kept: body[kept]}), 404)
     assert (answer["param"], answer["code"]) == ("model", "model_not_found")
 

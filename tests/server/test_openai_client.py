@@ -380,6 +380,8 @@ class TestOtherRoutes:
         assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": PROMPT}
         chat = http.post("/tokenize", json={"messages": CHAT}).json()
         assert chat["tokens"] == engine.tokenizer.encode_chat(CHAT)
+        plain = http.post("/tokenize", json={"prompt": PROMPT, "add_special_tokens": False}).json()
+        assert plain["tokens"] == engine.tokenizer.encode(PROMPT, add_special_tokens=False)
 
     def test_generate_and_its_stream(self, http, engine):
         body = {"prompt": PROMPT, "max_tokens": 5}
@@ -400,6 +402,32 @@ class TestOtherRoutes:
         assert events[-1]["token_ids"] == expected.token_ids and events[-1]["usage"] == whole["usage"] | {
             "prompt_tokens_details": events[-1]["usage"]["prompt_tokens_details"]
         }
+
+    def test_generate_with_several_prompts(self, http, engine):
+        prompts = [PROMPT, engine.tokenizer.encode("Water boils at")]
+        expected = engine.generate(prompts, max_tokens=5)
+        answer = http.post("/generate", json={"prompts": prompts, "max_tokens": 5}).json()
+        assert [result["text"] for result in answer["results"]] == [output.text for output in expected]
+        assert [result["token_ids"] for result in answer["results"]] == [output.token_ids for output in expected]
+        (one,) = http.post("/generate", json={"prompts": [PROMPT], "max_tokens": 5}).json()["results"]
+        assert one["text"] == expected[0].text and one["usage"]["total_tokens"] == 10
+        *events, done, _ = http.post("/generate_stream", json={"prompts": prompts, "max_tokens": 5}).text.split("\n\n")
+        assert done == "data: [DONE]"
+        events = [json.loads(event.removeprefix("data: ")) for event in events]
+        for index, output in enumerate(expected):
+            own = [event for event in events if event["index"] == index]
+            assert "".join(event["text"] for event in own) == output.text
+            assert own[-1]["token_ids"] == output.token_ids and own[-1]["finish_reason"] == "length"
+
+    def test_generate_with_a_temperature_and_with_nulls(self, http, engine):
+        body = {"prompt": PROMPT, "max_tokens": 100, "temperature": 0.7}
+        answer = http.post("/generate", json=body).json()
+        assert answer["finish_reason"] in ("length", "stop") and 0 < answer["usage"]["completion_tokens"] <= 100
+        fields = http.get("/openapi.json").json()["components"]["schemas"]["GenerateRequest"]["properties"]
+        nothing = dict.fromkeys(fields.keys() - {"prompt"}) | {"model": MODEL, "max_tokens": 5, "seed": None}
+        assert http.post("/generate", json={"prompt": PROMPT} | nothing).json()["text"] == (
+            engine.generate(PROMPT, max_tokens=5)[0].text
+        )
 
     def test_version_docs_and_health(self, http, server):
         assert http.get("/version").json().keys() == {"version"}

@@ -240,5 +240,7 @@ def test_the_readmes_curl_commands_run(plain):
     (block,) = re.findall(r"```sh\n(curl.*?)```", readme, re.DOTALL)
     commands = block.replace("http://127.0.0.1:8000", plain.url).replace("curl ", "curl --silent --fail ")
     answers = subprocess.run(["bash", "-ec", commands], capture_output=True, text=True, check=True).stdout
-    assert answers.startswith('data: {"id":"chatcmpl-') and "data: [DONE]" in answers
-    assert answers.rstrip().splitlines()[-1].startswith('{"text":')
+    chat, several, one, stream = re.split(r"(?<=\[DONE\]\n\n)|(?<=\})(?=\{)|(?<=\})(?=data)", answers, maxsplit=3)
+    assert chat.startswith('data: {"id":"chatcmpl-') and len(json.loads(several)["results"]) == 2
+    assert json.loads(one)["usage"]["completion_tokens"] == 100
+    assert stream.startswith('data: {"index":0,"token_id":') and stream.endswith("data: [DONE]\n\n")
