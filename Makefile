@@ -31,3 +31,8 @@ $(VENV)/demo: pyproject.toml
 $(VENV)/dev: $(VENV)/demo
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
+
+# With lm-eval, whose tests are skipped without it.
+$(VENV)/lm-eval: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --editable ".[dev,lm-eval]"
+	@touch $@

@@ -59,6 +59,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self._bytes)
 
+    @property
+    def special_tokens(self) -> dict[str, str | None]:
+        """The texts of "bos_token", "eos_token" and "pad_token"; None where there is none."""
+        return {name: getattr(self._fast, name) for name in ("bos_token", "eos_token", "pad_token")}
+
     def encode(self, text: str, *, max_tokens: int | None = None, add_special_tokens: bool = True) -> list[int]:
         """The text's token ids, after the special tokens that the model's texts begin with (BOS for Llama), if wanted.
 

@@ -126,6 +126,14 @@ def make_app(
         except ValueError as error:
             raise APIError.of(error, "tokens") from None
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> out.TokenizerInfo:
+        """The special tokens' texts: with them and /tokenize, lm-eval needs no tokenizer of its own."""
+        tokenizer = engine.tokenizer
+        if tokenizer is None:
+            return out.TokenizerInfo(bos_token=None, eos_token=None, pad_token=None)
+        return out.TokenizerInfo(**tokenizer.special_tokens)
+
     @app.get("/version")
     async def show_version() -> out.Version:
         return out.Version(version=version("micro-vllm"))

@@ -157,6 +157,14 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    """null where the model has no such token."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+
+
 class Version(BaseModel):
     version: str
 

@@ -380,6 +380,8 @@ class TestOtherRoutes:
         assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": PROMPT}
         chat = http.post("/tokenize", json={"messages": CHAT}).json()
         assert chat["tokens"] == engine.tokenizer.encode_chat(CHAT)
+        special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": None}
+        assert http.get("/tokenizer_info").json() == special
         plain = http.post("/tokenize", json={"prompt": PROMPT, "add_special_tokens": False}).json()
         assert plain["tokens"] == engine.tokenizer.encode(PROMPT, add_special_tokens=False)
 
