@@ -40,14 +40,15 @@ class Stream:
     request has ended; DeadError where the engine dies before. Whoever stops reading must `close` it.
 
     prompts:    the token ids of each prompt
+    requests:   all of them; those of a prompt stand together
     submitted:  time.monotonic() when it was asked for
     """
 
     def __init__(self, engine: AsyncEngine):
         self.prompts: list[list[int]] = []
+        self.requests: list[Request] = []
         self.submitted = time.monotonic()
         self._engine = engine
-        self._requests: list[Request] = []
         self._left = 0  # requests that have not ended
         self._events: list[tuple[int, StepOutput]] = []
         self._news = asyncio.Event()
@@ -143,7 +144,7 @@ class AsyncEngine:
             for prompt in prompts:
                 requests = await self._in_encoder(self._prepare, prompt, params)
                 stream.prompts.append(requests[0].prompt)
-                stream._requests += requests
+                stream.requests += requests
             self._check_open()
         except BaseException:
             self._reserve(-count)
@@ -258,11 +259,11 @@ class AsyncEngine:
             wait = False
 
     def _begin(self, stream: Stream) -> None:
-        for index, request in enumerate(stream._requests):
+        for index, request in enumerate(stream.requests):
             self._owners[self.engine.add(request)] = (stream, index)
 
     def _abort(self, stream: Stream) -> None:
-        for request in stream._requests:
+        for request in stream.requests:
             self.engine.abort(request.seq.id)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:

@@ -37,7 +37,7 @@ def make_app(
     names:     what clients may call the model
     api_keys:  one of them must come with every request but those of /health; without any, none is asked for
     """
-    metrics = Metrics(names[0])
+    metrics = Metrics(names[0], max_model_len=engine.max_model_len, cache=_cache_config(engine))
     running = AsyncEngine(engine, max_waiting=max_waiting, listener=metrics.record)
     served = ServedModel(running, names)
 
@@ -150,6 +150,17 @@ def make_app(
 
     describe(app, names, [ErrorBody, out.ChatChunk, out.GeneratedToken, out.GeneratedEnd], keys=bool(api_keys))
     return app
+
+
+def _cache_config(engine: InferenceEngine) -> dict[str, object]:
+    """Under vLLM's names."""
+    config, cache = engine.config, engine.cache_manager
+    return {
+        "block_size": cache.block_size,
+        "num_gpu_blocks": cache.num_blocks,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "enable_prefix_caching": config.enable_prefix_caching,
+    }
 
 
 def _answer(answer: Response | BaseModel) -> Response:

@@ -48,6 +48,16 @@ class SmallServer:
         send(connection, path, body)
         return connection
 
+    def slow_down(self, seconds: float) -> None:
+        """Each step of the engine takes so much longer."""
+        step = self.engine.step
+
+        def slow():
+            time.sleep(seconds)
+            return step()
+
+        self.engine.step = slow
+
     def assert_serves(self) -> None:
         """The canary."""
         answer = self.post("/v1/completions", {"prompt": "hello", "max_tokens": 3, "ignore_eos": True})

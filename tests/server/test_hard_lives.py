@@ -23,22 +23,12 @@ ROUTES = {
 }
 
 
-def slow_down(server: SmallServer, seconds: float) -> None:
-    step = server.engine.step
-
-    def slow():
-        time.sleep(seconds)
-        return step()
-
-    server.engine.step = slow
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ROUTES)
 def test_a_client_that_leaves_frees_its_blocks_within_a_step(make_engine, path, stream):
     engine = make_engine(max_prefill_tokens=16)
     with serving(engine) as server:
-        slow_down(server, 0.02)
+        server.slow_down(0.02)
         taken = [] if path.startswith("/generate") else ["stream"]
         options = {"max_tokens": 60, "ignore_eos": True} | dict.fromkeys(taken, stream)
         for steps in (0, 1, 3, 8):  # before, during and after its prefill, in mid-stream
