@@ -21,6 +21,10 @@ STOP_SECONDS = 10.0
 """How long `stop` waits for the step that runs."""
 
 
+MOST_EVENTS = 64
+"""In an item of a Stream, whose reader may have been away for thousands, so that an event loop can see to others."""
+
+
 class OverloadedError(RuntimeError):
     """As many requests wait as may; later there is room again."""
 
@@ -36,7 +40,7 @@ class DeadError(RuntimeError):
 class Stream:
     """The answers to the prompts of one submission, as they are made: an asynchronous iterator.
 
-    An item is all that has come since the last one: (which request, its StepOutput) pairs, in order. It ends when every
+    An item is what has come since the last one: (which request, its StepOutput) pairs, in order. It ends when every
     request has ended; DeadError where the engine dies before. Whoever stops reading must `close` it.
 
     prompts:    the token ids of each prompt
@@ -65,7 +69,8 @@ class Stream:
                 raise StopAsyncIteration
             self._news.clear()
             await self._news.wait()
-        events, self._events = self._events, []
+        events = self._events[:MOST_EVENTS]
+        del self._events[:MOST_EVENTS]
         return events
 
     def close(self) -> None:
@@ -240,7 +245,7 @@ class AsyncEngine:
                         del self._owners[event.request_id]
                 if events:
                     self._call(self._deliver, time.monotonic(), self.engine.stats(), events)
-        except Exception as error:
+        except BaseException as error:  # the thread ends with it, whatever it is
             dead = DeadError(f"the engine has died: {type(error).__name__}: {error}")
             dead.__cause__ = error
             self._call(self._die, dead)

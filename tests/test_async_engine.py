@@ -8,7 +8,7 @@ import time
 
 import pytest
 from microvllm import InferenceEngine, SamplingParams
-from microvllm.engine.async_engine import AsyncEngine, DeadError, DrainingError, OverloadedError, Stream
+from microvllm.engine.async_engine import MOST_EVENTS, AsyncEngine, DeadError, DrainingError, OverloadedError, Stream
 
 from .small_models import Shape, make_model
 from .test_engine import assert_at_rest, ids, save_tokenizer
@@ -93,9 +93,9 @@ def test_a_stream_that_nobody_reads_holds_up_no_other(engine):
     async def work(running):
         unread = await running.submit(["hello"], [SamplingParams(max_tokens=90)])
         assert len((await read(await running.submit(["hi"], [SamplingParams(max_tokens=100)])))[0].token_ids) == 100
-        return await read(unread)
+        return [len(events) async for events in unread]
 
-    assert len(run(engine, work)[0].token_ids) == 90
+    assert run(engine, work) == [MOST_EVENTS, 90 - MOST_EVENTS]
 
 
 def test_the_event_loop_does_not_wait_for_a_step_or_for_a_prompt_to_be_encoded(engine):
@@ -250,6 +250,18 @@ def test_a_step_that_fails_ends_every_stream_and_everything_after_it(engine):
 
     assert isinstance(run(engine, work).__cause__, TypeError)
     assert not any(thread.name == "engine" for thread in threading.enumerate())
+
+
+def test_a_thread_that_is_told_to_exit_is_as_dead(engine):
+    def leave():
+        raise SystemExit("from a library")
+
+    async def work(running):
+        engine.step = leave
+        with pytest.raises(DeadError, match="SystemExit: from a library"):
+            await read(await running.submit([ids(5)], [SamplingParams()]))
+
+    run(engine, work)
 
 
 def test_the_listener_hears_all_and_the_stats_are_those_of_the_last_step(engine):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from fastapi.responses import Response
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from ..async_engine import DeadError, Stream
 from .errors import APIError
@@ -18,28 +19,34 @@ T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 
+STALL_SECONDS = 60.0
+"""What a client does not read is kept for it; one that has taken nothing for so long, twice at most, is cut off."""
+
 
 class ClientLeft(Exception):
     """The client has closed its connection."""
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled, and ClientLeft raised, when the client leaves; its body is read."""
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], *gone: Coroutine[Any, Any, None]) -> T:
+    """The result of `work`, which is cancelled, and ClientLeft raised, when the client leaves; its body is read.
+
+    gone: return when it is as good as gone
+    """
 
     async def leave() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    task, left = asyncio.ensure_future(work), asyncio.ensure_future(leave())
+    task, *ends = map(asyncio.ensure_future, (work, leave(), *gone))
     try:
-        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, *ends), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientLeft
         return task.result()
     finally:
-        task.cancel()
-        left.cancel()
-        await asyncio.gather(task, left, return_exceptions=True)
+        for each in (task, *ends):
+            each.cancel()
+        await asyncio.gather(task, *ends, return_exceptions=True)
 
 
 def frame(data: BaseModel | dict[str, Any]) -> bytes:
@@ -60,14 +67,28 @@ class EventStream(Response):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._stream, self._events = stream, events
+        self._offered = self._taken = 0  # messages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_and_count(message: Message) -> None:
+            self._offered += 1
+            await send(message)  # waits while more than uvicorn keeps is on its way
+            self._taken += 1
+
         try:
-            await while_connected(receive, self._send(send))
+            await while_connected(receive, self._send(send_and_count), self._stall())
         except ClientLeft:
             pass
         finally:
             self._stream.close()
+
+    async def _stall(self) -> None:
+        """Returns when the client does not read."""
+        taken = -1
+        while self._taken == self._offered or self._taken != taken:
+            taken = self._taken
+            await asyncio.sleep(STALL_SECONDS)
+        logging.getLogger("uvicorn.error").warning("A client does not read its events, and is cut off")
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

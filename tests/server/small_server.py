@@ -22,16 +22,19 @@ from microvllm.engine.server.app import make_app
 from ..test_engine import assert_at_rest
 
 
-def send(connection: socket.socket, path: str, body: dict[str, Any]) -> None:
+def send(connection: socket.socket, path: str, body: dict[str, Any], part: float = 1.0) -> None:
+    """part: of the request, from its beginning"""
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    connection.sendall(head.encode() + data)
+    request = head.encode() + data
+    connection.sendall(request[: round(part * len(request))])
 
 
 @dataclass
 class SmallServer:
     engine: InferenceEngine
     app: FastAPI
+    http: uvicorn.Server
     port: int
     client: httpx.Client = field(init=False)
 
@@ -42,11 +45,15 @@ class SmallServer:
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
         return self.client.post(path, json=body, **options)
 
-    def connect(self, path: str, body: dict[str, Any]) -> socket.socket:
-        """A connection on which a request has been sent."""
+    def connect(self, path: str, body: dict[str, Any], part: float = 1.0) -> socket.socket:
+        """A connection on which a request, or a part of it, has been sent."""
         connection = socket.create_connection(("127.0.0.1", self.port))
-        send(connection, path, body)
+        send(connection, path, body, part)
         return connection
+
+    def responding(self) -> int:
+        """Requests that are being answered."""
+        return len(self.http.server_state.tasks)
 
     def slow_down(self, seconds: float) -> None:
         """Each step of the engine takes so much longer."""
@@ -85,7 +92,7 @@ def serving(engine: InferenceEngine, **options: Any) -> Iterator[SmallServer]:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.005)
-        small = SmallServer(engine, app, listener.getsockname()[1])
+        small = SmallServer(engine, app, server, listener.getsockname()[1])
         try:
             yield small
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import json
 import math
 import random
@@ -342,6 +343,14 @@ class TestKeys:
         headers = {"Authorization": f"Bearer {key}"}
         assert guarded.client.get("/v1/models", headers=headers).status_code == 200
         assert guarded.post(COMPLETIONS, {"prompt": "a"}, headers=headers).status_code == 200
+
+    @pytest.mark.parametrize("key", ["x", "first", "second"])
+    def test_every_key_is_compared_in_constant_time(self, guarded: SmallServer, monkeypatch, key):
+        compared = []
+        compare = hmac.compare_digest
+        monkeypatch.setattr(hmac, "compare_digest", lambda one, own: compared.append((one, own)) or compare(one, own))
+        guarded.client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+        assert compared == [(key.encode(), b"first"), (key.encode(), b"second")]
 
 
 def test_overload_is_429_at_once_and_what_was_admitted_finishes(make_engine):

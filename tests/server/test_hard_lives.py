@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import heapq
 import json
 import random
 import socket
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from microvllm.engine.outputs import RequestOutput
+from microvllm.engine.server import events
 
 from .small_server import SmallServer, send, serving
 
@@ -42,41 +48,61 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_step(make_engine, path, 
         server.assert_serves()
 
 
-def test_hundreds_of_clients_that_leave_at_random_moments(make_engine):
+def test_a_thousand_clients_that_leave_at_random_moments(make_engine):
     """Under load, some in the middle of their own request; then every block is free and a canary is served."""
     rng = random.Random(7)
-    with serving(make_engine(num_blocks=64)) as server:
-        stayed, end = [], time.monotonic() + 60
+    engine = make_engine(num_blocks=64, max_prefill_tokens=16, max_batch_size=12)
+    with serving(engine) as server:
+        server.slow_down(0.001)
+        ended, listener = Counter(), server.running._listener
+
+        def listen(now, events):
+            ended.update(phase(event.output) for *_, event in events if event.output is not None)
+            listener(now, events)
+
+        server.running._listener = listen
+        stayed, left = [], threading.Event()
 
         def stay():
             body = {"prompt": "hello", "max_tokens": 40, "ignore_eos": True}
-            while len(stayed) < 1000 and not left.is_set() and time.monotonic() < end:
-                answer = httpx.post(f"http://127.0.0.1:{server.port}/generate", json=body, timeout=30)
+            while not left.is_set():
+                answer = httpx.post(f"http://127.0.0.1:{server.port}/generate", json=body, timeout=60)
                 stayed.append((answer.status_code, len(answer.json()["token_ids"])))
 
-        left = threading.Event()
         staying = threading.Thread(target=stay)
         staying.start()
         leaving: list[tuple[float, socket.socket]] = []
-        for _ in range(400):
+        for _ in range(1000):
             path = rng.choice(list(ROUTES))
-            body = ROUTES[path] | {"max_tokens": rng.choice([2, 60])}
+            body = ROUTES[path] | {"max_tokens": rng.choice([2, 60]), "ignore_eos": True}
             if path.startswith("/v1"):
                 body["stream"] = rng.random() < 0.5
-            connection = server.connect(path, body)
-            leaving.append((time.monotonic() + rng.choice([0, 0.001, 0.01, 0.1]) * rng.random(), connection))
-            for due in [pair for pair in leaving if pair[0] <= time.monotonic() or len(leaving) > 20]:
-                due[1].close()
-                leaving.remove(due)
+            if rng.random() < 0.1:
+                connection = server.connect(path, body, part=rng.random())
+            else:
+                connection = server.connect(path, body)
+            heapq.heappush(leaving, (time.monotonic() + rng.choice([0.01, 0.1, 0.5]) * rng.random(), connection))
+            while len(leaving) > 10 or (leaving and leaving[0][0] <= time.monotonic()):
+                due, connection = heapq.heappop(leaving)
+                time.sleep(max(0.0, due - time.monotonic()))
+                connection.close()
         for _, connection in leaving:
             connection.close()
         left.set()
         staying.join()
-        server.assert_comes_to_rest()
+        server.assert_comes_to_rest(20)
         assert stayed and set(stayed) == {(200, 40)}
-        metrics = server.client.get("/metrics").text
-        assert 'finished_reason="abort"' in metrics and "vllm:num_requests_running" in metrics
+        assert min(ended[each] for each in ("before its prefill", "during its prefill", "in mid-stream")) > 10, ended
         server.assert_serves()
+
+
+def phase(output: RequestOutput) -> str:
+    """Where a request was when it ended."""
+    if output.finish_reason != "abort":
+        return "at its end"
+    if output.timings.to_first_step is None:
+        return "before its prefill"
+    return "during its prefill" if output.timings.to_first_token is None else "in mid-stream"
 
 
 def test_a_body_that_never_ends_takes_nothing(make_engine):
@@ -92,27 +118,104 @@ def test_a_body_that_never_ends_takes_nothing(make_engine):
 def test_a_client_that_does_not_read_costs_only_itself(make_engine):
     """Sixty of them, with receive buffers that fill at once; the others' answers come as if they were not there."""
     with serving(make_engine(max_batch_size=64, num_blocks=1024)) as server:
-        unread = []
-        for _ in range(60):
-            connection = socket.socket()
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-            connection.connect(("127.0.0.1", server.port))
-            body = {"prompt": "a", "max_tokens": 120, "ignore_eos": True, "logprobs": 20, "stream": True}
-            send(connection, "/v1/completions", body)
-            unread.append(connection)
+        unread = [small_window(server) for _ in range(60)]
         for _ in range(3):
             server.assert_serves()
         deadline = time.monotonic() + 30
         while server.running._open and time.monotonic() < deadline:
             time.sleep(0.01)
         server.assert_comes_to_rest()  # the engine has finished them all
-        received = b""
-        unread[0].settimeout(10)
-        while not received.endswith(b"0\r\n\r\n"):  # who reads at last has lost nothing
-            received += unread[0].recv(4096)
+        received = read_to_the_end(unread[0])  # who reads at last has lost nothing
         assert received.count(b"data: {") == 120 and b"data: [DONE]" in received
         for connection in unread:
             connection.close()
+
+
+def small_window(server: SmallServer, n: int = 1) -> socket.socket:
+    """A connection whose receive buffer is soon full, on which 120 · n events of 1.5 kB have been asked for."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    connection.connect(("127.0.0.1", server.port))
+    connection.settimeout(10)
+    body = {"prompt": "a", "max_tokens": 120, "ignore_eos": True, "logprobs": 20, "stream": True, "n": n}
+    send(connection, "/v1/completions", body)
+    return connection
+
+
+def read_to_the_end(connection: socket.socket, size: int = 1 << 16, pause: float = 0.0) -> bytes:
+    received = b""
+    while not received.endswith(b"0\r\n\r\n") and (data := connection.recv(size)):
+        received += data
+        time.sleep(pause)
+    return received
+
+
+def test_a_client_that_reads_byte_by_byte_is_cut_off_and_the_others_are_not_held_up(make_engine, monkeypatch):
+    monkeypatch.setattr(events, "STALL_SECONDS", 0.5)
+    with serving(make_engine(max_batch_size=16, num_blocks=256)) as server:
+        slow = [small_window(server) for _ in range(6)]
+        received, stop = [b""] * len(slow), threading.Event()
+
+        def read_bytes():
+            while not stop.wait(0.02):
+                for i, connection in enumerate(slow):
+                    received[i] += connection.recv(1)
+
+        reading = threading.Thread(target=read_bytes)
+        reading.start()
+        for _ in range(3):  # while they read their first hundred bytes
+            answer = server.post(
+                "/v1/completions", {"prompt": "b", "max_tokens": 100, "ignore_eos": True, "stream": True}
+            )
+            assert answer.text.count("data: {") == 100 and answer.text.endswith("data: [DONE]\n\n")
+        server.assert_comes_to_rest()  # the engine has long forgotten them
+        deadline = time.monotonic() + 20
+        while server.responding() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        stop.set()
+        reading.join()
+        assert not server.responding()
+        for start, connection in zip(received, slow, strict=True):
+            whole = start + read_to_the_end(connection)  # what was on its way already
+            assert whole.startswith(b"HTTP/1.1 200") and whole.count(b"data: {") < 120 and b"[DONE]" not in whole
+        server.assert_serves()
+
+
+def test_a_client_that_reads_steadily_is_not_cut_off(make_engine, monkeypatch):
+    """At 200 kB a second it takes some three seconds; a third of one empties what uvicorn keeps."""
+    monkeypatch.setattr(events, "STALL_SECONDS", 1.0)
+    with serving(make_engine()) as server:
+        received = read_to_the_end(small_window(server, n=4), 2048, 0.01)
+        assert received.count(b"data: {") == 480 and b"data: [DONE]" in received
+
+
+def test_the_event_loop_waits_for_nobody(make_engine):
+    """Neither for a step nor for a prompt to be encoded, whatever the route."""
+    engine = make_engine()
+    encode = engine.encode
+
+    def slow_encode(*arguments, **options):
+        time.sleep(0.3)
+        return encode(*arguments, **options)
+
+    engine.encode = slow_encode
+    with serving(engine) as server, ThreadPoolExecutor(len(ROUTES)) as pool:
+        server.slow_down(0.3)
+        longest = 0.0
+
+        async def tick():
+            nonlocal longest
+            while True:
+                before = time.monotonic()
+                await asyncio.sleep(0.001)
+                longest = max(longest, time.monotonic() - before)
+
+        ticking = asyncio.run_coroutine_threadsafe(tick(), server.running._loop)
+        answers = [pool.submit(server.post, path, body | {"max_tokens": 2}) for path, body in ROUTES.items()]
+        assert [answer.result().status_code for answer in answers] == [200] * len(ROUTES)
+        assert server.post("/tokenize", {"prompt": "a"}).json()["count"] == 1
+        ticking.cancel()
+        assert 0 < longest < 0.25
 
 
 class TestDeath:
@@ -147,6 +250,30 @@ class TestDeath:
             last = [first, *lines][-1]
         error = json.loads(last.removeprefix("data: "))["error"]
         assert error["code"] == "engine_dead" and "illegal memory access" in error["message"]
+        self.assert_is_dead(server)
+
+    def test_all_that_is_open_ends_at_once(self, dying):
+        server, die = dying
+        with ThreadPoolExecutor(8) as pool:
+            fields = {"max_tokens": 100, "ignore_eos": True}
+            waiting = [pool.submit(server.post, path, body | fields) for path, body in ROUTES.items() for _ in range(2)]
+            while (
+                server.running._open < 14 or not server.engine.scheduler.running
+            ):  # two of them are four requests each
+                time.sleep(0.001)
+            die()
+            before = time.monotonic()
+            answers = [each.result() for each in waiting]
+        assert time.monotonic() - before < 1
+        for answer in answers:
+            if answer.request.url.path == "/generate_stream":
+                body = json.loads(answer.text.split("\n\n")[-2].removeprefix("data: "))
+            else:
+                assert answer.status_code == 503
+                body = answer.json()
+            assert (
+                body["error"].keys() == {"message", "type", "param", "code"} and body["error"]["code"] == "engine_dead"
+            )
         self.assert_is_dead(server)
 
     def test_an_answer_that_is_waited_for_is_a_503(self, dying):

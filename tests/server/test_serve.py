@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -172,17 +173,21 @@ class Reader(threading.Thread):
     def __init__(self, server: ServedProcess, max_tokens: int):
         super().__init__()
         self.events, self.begun = [], threading.Event()
+        self.error: httpx.TransportError | None = None
         self._url, self._body = f"{server.url}/v1/completions", {"prompt": "a", "ignore_eos": True, "stream": True}
         self._body["max_tokens"] = max_tokens
         self.start()
         assert self.begun.wait(20)
 
     def run(self):
-        with httpx.stream("POST", self._url, json=self._body, timeout=30) as answer:
-            for line in answer.iter_lines():
-                if line:
-                    self.events.append(line.removeprefix("data: "))
-                    self.begun.set()
+        try:
+            with httpx.stream("POST", self._url, json=self._body, timeout=30) as answer:
+                for line in answer.iter_lines():
+                    if line:
+                        self.events.append(line.removeprefix("data: "))
+                        self.begun.set()
+        except httpx.TransportError as error:
+            self.error = error
 
     def reason(self) -> str:
         self.join(30)
@@ -220,6 +225,38 @@ def test_the_engines_death_is_told_and_ends_the_process(start):
     assert server.process.wait(15) == 1
     log = server.log()
     assert "Traceback" in log and log.endswith("micro-vllm: the engine has died: RuntimeError: the GPU is gone\n")
+
+
+def test_a_death_in_mid_step_ends_every_open_answer(start):
+    dying = SLOW.replace(
+        "    time.sleep(0.03)", "    time.sleep(0.03)\n    steps.append(1) if engine.has_work else None"
+    )
+    dying = dying.replace(
+        "    return step(engine)", "    if len(steps) > 20: raise RuntimeError('gone')\n    return step(engine)"
+    )
+    dying = "from microvllm.engine.server import serve\nserve.DEATH_SECONDS = 1\nsteps = []\n" + dying
+    server = start(program=[sys.executable, "-c", dying])
+    with ThreadPoolExecutor(2) as pool:
+        body = {"prompt": "a", "max_tokens": 100, "ignore_eos": True}
+        waiting = [pool.submit(httpx.post, f"{server.url}/generate", json=body, timeout=20) for _ in range(2)]
+        reader = Reader(server, 100)
+        reader.join(20)
+        assert [each.result().status_code for each in waiting] == [503, 503]
+    assert json.loads(reader.events[-1])["error"]["code"] == "engine_dead" and 1 < len(reader.events) < 100
+    assert httpx.get(f"{server.url}/health").status_code == 503
+    assert server.process.wait(15) == 1
+
+
+def test_a_killed_process_breaks_its_streams_off_and_leaves_its_port_free(start):
+    server = start(program=[sys.executable, "-c", SLOW])
+    reader = Reader(server, 120)
+    server.process.send_signal(signal.SIGKILL)
+    reader.join(10)
+    assert not reader.is_alive() and reader.events[-1] != "[DONE]"
+    assert isinstance(reader.error, httpx.RemoteProtocolError)
+    assert server.process.wait(10) == -signal.SIGKILL
+    again = start("--port", str(server.port))
+    assert again.port == server.port and httpx.get(f"{again.url}/health").status_code == 200
 
 
 def test_a_second_server_on_the_port_is_refused_and_the_first_goes_on(plain, capsys):
