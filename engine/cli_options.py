@@ -100,6 +100,13 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("--served-model-name", nargs="+", metavar="NAME", help="what clients call the model (default: MODEL)")
     add("--api-key", nargs="+", default=[], metavar="KEY", help="clients must send one of them, except to /health")
     add(
+        "--allowed-origins",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="whose web pages may call it from a browser, * for all (default: none but its own)",
+    )
+    add(
         "--shutdown-timeout",
         type=float,
         default=30.0,

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -30,12 +31,19 @@ ASKED = documented(400, 404, 413, 429, 503)
 
 
 def make_app(
-    engine: InferenceEngine, names: Sequence[str], *, api_keys: Sequence[str] = (), max_waiting: int = 1024
+    engine: InferenceEngine,
+    names: Sequence[str],
+    *,
+    api_keys: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
+    max_waiting: int = 1024,
 ) -> FastAPI:
     """The server of one engine, which it runs from its start-up to its shutdown; `state.engine` is its AsyncEngine.
 
-    names:     what clients may call the model
-    api_keys:  one of them must come with every request but those of /health; without any, none is asked for
+    names:            what clients may call the model
+    api_keys:         one of them must come with every request but those of /health; without any, none is asked for
+    allowed_origins:  whose web pages may call it from a browser; "*" is all
+    max_waiting:      requests taken in beyond those that can run at once
     """
     metrics = Metrics(names[0], max_model_len=engine.max_model_len, cache=_cache_config(engine))
     running = AsyncEngine(engine, max_waiting=max_waiting, listener=metrics.record)
@@ -55,6 +63,8 @@ def make_app(
     )
     app.state.engine = running
     app.add_middleware(Guard, api_keys=api_keys)
+    if allowed_origins:  # around the guard: a browser asks first, without the key
+        app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"])
     add_handlers(app)
 
     @app.exception_handler(ClientLeft)

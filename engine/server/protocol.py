@@ -16,6 +16,7 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 
 from ...model.sampling_params import BIAS, INTEGERS, MAX_TOP_K, NUMBERS, Bounds, SamplingParams
@@ -31,6 +32,9 @@ MAX_TOP_LOGPROBS = 20
 """A token; OpenAI's and vLLM's."""
 MAX_TOKENS_NAMED = 1024
 """Tokens in `logit_bias` and in `stop_token_ids`."""
+
+MAX_FIELDS = 256
+"""Of a JSON object; no more than sixty are known."""
 
 WITHOUT_EFFECT = ("metadata", "service_tier", "store", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 """Parameters that change nothing in an answer here, whatever they say."""
@@ -61,6 +65,15 @@ def _only_what_is_known(schema: dict[str, Any]) -> None:
     schema["additionalProperties"] = False
 
 
+def _at_most(count: int) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            raise ValueError(f"an object of {len(value)} fields: at most {count} are allowed")
+        return value
+
+    return check
+
+
 def _one_of(name: str, other: str) -> Callable[[dict[str, Any]], None]:
     """What is known, and of two fields the one or the other."""
 
@@ -75,9 +88,18 @@ def _one_of(name: str, other: str) -> Callable[[dict[str, Any]], None]:
 
 
 class Object(BaseModel):
-    """A JSON object, whose numbers are numbers and whose strings are strings."""
+    """A JSON object, whose numbers are numbers and whose strings are strings.
+
+    A body of megabytes can be wrong in a million places, and listing them would hold the event loop up for seconds: so
+    lists fail fast, and objects are counted before they are looked into.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return _at_most(MAX_FIELDS)(value)
 
 
 class Body(Object):
@@ -130,12 +152,12 @@ Integer = Annotated[int, WrapValidator(_whole)]
 Limit = Annotated[int, Field(ge=INTEGERS["max_tokens"].low), WrapValidator(_whole)]
 LimitOrNothing = Annotated[int, Field(ge=0), WrapValidator(_whole)]
 Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH, json_schema_extra={"minLength": 1})]
-SeveralStops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+SeveralStops = Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)]
 Stops = Annotated[SeveralStops, BeforeValidator(_one_or_several, Stop | SeveralStops)]
 TopCount = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WrapValidator(_whole)]
 TokenId = Annotated[int, within(Bounds(0))]
-TokenIds = Annotated[list[TokenId], WrapValidator(_whole)]
-StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKENS_NAMED), WrapValidator(_whole)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True), WrapValidator(_whole)]
+StopTokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_TOKENS_NAMED), WrapValidator(_whole)]
 
 
 def _token_ids(bias: dict[str, float]) -> dict[int, float]:
@@ -148,6 +170,7 @@ Bias = Annotated[
     dict[str, Annotated[float, within(BIAS)]],
     Field(max_length=MAX_TOKENS_NAMED, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,10}$"}}),
     AfterValidator(_token_ids),
+    BeforeValidator(_at_most(MAX_TOKENS_NAMED)),
 ]
 
 
@@ -258,8 +281,8 @@ def _as_several(value: Any) -> Any:
     return [value] if one else value
 
 
-PromptIds = Annotated[list[TokenId], Field(min_length=1), WrapValidator(_whole)]
-AnyPrompts = Annotated[list[str | PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+PromptIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1), WrapValidator(_whole)]
+AnyPrompts = Annotated[list[str | PromptIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 OnePrompt = Annotated[str | PromptIds, _or_say(ONE)]
 SeveralPrompts = Annotated[AnyPrompts, _or_say(SEVERAL)]
 OneOrSeveralPrompts = Annotated[
@@ -305,7 +328,7 @@ class Message(Object):
     model_config = ConfigDict(json_schema_extra=_nothing_else)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def for_template(self) -> dict[str, str]:
         for name, value in (self.model_extra or {}).items():
@@ -316,7 +339,7 @@ class Message(Object):
         return {"role": role, "content": content}
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
 
 
 class ChatRequest(OpenAISampling):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -63,6 +64,10 @@ def serve(options: argparse.Namespace) -> int:
         except (OSError, OverflowError) as error:
             return _cannot_listen(options, error)
         server = _server(options, listener)
+        # What is there now stays, and need not be looked through again: a body of 3 MB that is all lists is parsed in
+        # 0.2 s instead of one.
+        gc.collect()
+        gc.freeze()
         # uvicorn raises a signal once more after it has obeyed it.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
@@ -70,6 +75,8 @@ def serve(options: argparse.Namespace) -> int:
             server.run(sockets=[listener])
         except OSError as error:  # another server came to listen meanwhile
             return _cannot_listen(options, error)
+        finally:
+            gc.unfreeze()
     if server.engine.error is not None:
         print(f"micro-vllm: {server.engine.error}", file=sys.stderr)
         return 1
@@ -103,7 +110,7 @@ def _server(options: argparse.Namespace, listener: socket.socket) -> Server:
         )
     names = options.served_model_name or [options.model]
     config = uvicorn.Config(
-        make_app(engine, names, api_keys=options.api_key),
+        make_app(engine, names, api_keys=options.api_key, allowed_origins=options.allowed_origins),
         http="h11",  # it bounds the size of headers
         ws="none",
         lifespan="on",

@@ -374,3 +374,18 @@ def test_overload_is_429_at_once_and_what_was_admitted_finishes(make_engine):
 def test_cors_is_off(server):
     answer = server.client.options(COMPLETIONS, headers={"Origin": "http://x", "Access-Control-Request-Method": "POST"})
     assert answer.status_code == 405 and not any("access-control" in name for name in answer.headers)
+
+
+def test_cors_is_on_for_the_origins_that_were_asked_for(make_engine):
+    with serving(make_engine(), allowed_origins=["http://x"], api_keys=["key"]) as server:
+        for origin, allowed in (("http://x", "http://x"), ("http://y", None)):
+            asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            answer = server.client.options(
+                COMPLETIONS, headers=asked | {"Access-Control-Request-Headers": "authorization"}
+            )
+            assert answer.headers.get("access-control-allow-origin") == allowed
+            assert answer.status_code == (200 if allowed else 400)
+            answer = server.post(
+                COMPLETIONS, {"prompt": "a"}, headers={"Origin": origin, "Authorization": "Bearer key"}
+            )
+            assert answer.status_code == 200 and answer.headers.get("access-control-allow-origin") == allowed

@@ -46,11 +46,16 @@ def plain(folder):
     server.kill()
 
 
+ORIGIN = ["--allowed-origins", "http://x"]
+
+
 def test_names_lengths_and_keys_reach_the_client(start):
-    server = start("--served-model-name", "a", "b/c", "--max-model-len", "100", "--api-key", "k1", "k2")
+    server = start("--served-model-name", "a", "b/c", "--max-model-len", "100", "--api-key", "k1", "k2", *ORIGIN)
     answer = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer k2"}).json()
     assert [(model["id"], model["max_model_len"]) for model in answer["data"]] == [("a", 100), ("b/c", 100)]
     assert httpx.get(f"{server.url}/v1/models").status_code == 401
+    answer = httpx.get(f"{server.url}/health", headers={"Origin": "http://x"})
+    assert answer.headers["access-control-allow-origin"] == "http://x"
     assert server.stop() == 0
 
 
