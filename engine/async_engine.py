@@ -14,6 +14,7 @@ from typing import TypeVar
 from ..model.sampling_params import SamplingParams
 from .engine import EngineStats, InferenceEngine, Prompt, Request
 from .outputs import StepOutput
+from .snapshot import EngineSnapshot
 
 T = TypeVar("T")
 
@@ -111,6 +112,7 @@ class AsyncEngine:
         self._listener = listener
         self._open = 0  # requests from their submission to their end
         self._streams: set[Stream] = set()
+        self._snapshot: asyncio.Future[EngineSnapshot] | None = None  # while it is asked for
         self._at_rest, self._died = asyncio.Event(), asyncio.Event()
         self._at_rest.set()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -129,8 +131,10 @@ class AsyncEngine:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join, STOP_SECONDS)
         self._encoder.shutdown(wait=False, cancel_futures=True)
+        stopped = DeadError("the engine has stopped")
         for stream in self._streams:
-            stream._fail(DeadError("the engine has stopped"))
+            stream._fail(stopped)
+        self._fail_snapshot(stopped)
 
     async def submit(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Stream:
         """Takes in each prompt with each of params; request i·len(params) + j is prompt i with params j.
@@ -172,6 +176,15 @@ class AsyncEngine:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"token id {token} must be from 0 to {vocab_size - 1}")
         return await self._in_encoder(self.engine.tokenizer.decode, token_ids)
+
+    async def snapshot(self) -> EngineSnapshot:
+        """The engine between two steps; DeadError where it is dead. All who wait for one get the same."""
+        if self.error is not None:
+            raise self.error
+        if self._snapshot is None:
+            self._snapshot = self._loop.create_future()
+            self._commands.put(self._take_snapshot)
+        return await asyncio.shield(self._snapshot)  # one who leaves does not take it from the others
 
     async def drain(self, timeout: float) -> None:
         """Takes nothing more in, and waits until all is answered; what is not after so many seconds is aborted."""
@@ -220,11 +233,23 @@ class AsyncEngine:
         if self._listener is not None:
             self._listener(now, events)
 
+    def _show(self, snapshot: EngineSnapshot) -> None:
+        if self._snapshot is not None:  # it is None where `stop` did not wait for the step that ran
+            self._snapshot.set_result(snapshot)
+            self._snapshot = None
+
+    def _fail_snapshot(self, error: DeadError) -> None:
+        if self._snapshot is not None:
+            self._snapshot.set_exception(error)
+            self._snapshot.exception()  # whoever asked for it may have left
+            self._snapshot = None
+
     def _die(self, error: DeadError) -> None:
         self.error = error
         for stream in self._streams:
             stream._fail(error)
         self._streams.clear()
+        self._fail_snapshot(error)
         self._at_rest.set()
         self._died.set()
 
@@ -270,6 +295,9 @@ class AsyncEngine:
     def _abort(self, stream: Stream) -> None:
         for request in stream.requests:
             self.engine.abort(request.seq.id)
+
+    def _take_snapshot(self) -> None:
+        self._call(self._show, EngineSnapshot.of(self.engine))
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         self._loop.call_soon_threadsafe(function, *arguments)

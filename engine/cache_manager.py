@@ -135,6 +135,10 @@ class KVCacheManager:
         """Blocks that sequences use, a shared one counted once."""
         return self.num_blocks - self.num_available
 
+    def evictable_blocks(self) -> list[int]:
+        """Cached blocks that no sequence uses, the longest unused first."""
+        return list(self._evictable)
+
     def check(self) -> None:
         """Proves that every block has exactly one state and that the books agree; AssertionError says what does not."""
         users = [0] * self.num_blocks

@@ -53,6 +53,7 @@ class EngineStats:
     """The engine at this moment, and what it has done so far.
 
     fragmentation:         share of the cache blocks in use that holds no token
+    steps:                 that were launched
     cached_prompt_share:   share of all prompt tokens that were served from cached blocks
     """
 
@@ -63,7 +64,9 @@ class EngineStats:
     fragmentation: float
     prompt_tokens: int
     cached_prompt_tokens: int
+    generated_tokens: int
     preemptions: int
+    steps: int
     cached_prompt_share: float = field(init=False)
 
     def __post_init__(self):
@@ -280,7 +283,9 @@ class InferenceEngine:
             fragmentation=scheduler.fragmentation,
             prompt_tokens=scheduler.num_prompt_tokens,
             cached_prompt_tokens=scheduler.num_cached_tokens,
+            generated_tokens=scheduler.num_generated_tokens,
             preemptions=scheduler.num_preemptions,
+            steps=scheduler.num_steps,
         )
 
     # --- its own steps ---

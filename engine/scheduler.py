@@ -84,6 +84,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
+        self.num_generated_tokens = 0
+        self.num_steps = 0
 
     # --- the requests ---
 
@@ -159,6 +161,7 @@ class Scheduler:
 
     def advance(self, batch: Batch) -> None:
         """Enters that the batch just scheduled is being computed."""
+        self.num_steps += 1
         for chunk in batch.chunks:
             chunk.seq.num_computed = chunk.end
         for seq in batch.decodes:
@@ -188,6 +191,7 @@ class Scheduler:
             if i < num_prefilled or computed % block_size == 0 or computed == seq.num_prompt:
                 self.cache.commit(seq.id, seq.token_ids, computed)
             seq.token_ids.append(token)
+            self.num_generated_tokens += 1
             if token in seq.stop_token_ids:
                 self.finish(seq, "stop")
             elif len(seq.token_ids) >= seq.max_length:

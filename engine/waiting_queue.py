@@ -35,6 +35,10 @@ class WaitingQueue:
     def oldest(self) -> Sequence | None:
         return self._top(self._by_arrival)
 
+    def first(self, count: int) -> list[Sequence]:
+        """At most so many, by arrival; in O(n)."""
+        return [self._entries[seq_id][0] for seq_id in heapq.nsmallest(count, self._entries)]
+
     @staticmethod
     def _top(heap: list[tuple]) -> Sequence | None:
         while heap:

@@ -9,6 +9,7 @@ import time
 import pytest
 from microvllm import InferenceEngine, SamplingParams
 from microvllm.engine.async_engine import MOST_EVENTS, AsyncEngine, DeadError, DrainingError, OverloadedError, Stream
+from microvllm.engine.snapshot import EngineSnapshot
 
 from .small_models import Shape, make_model
 from .test_engine import assert_at_rest, ids, save_tokenizer
@@ -260,6 +261,63 @@ def test_a_thread_that_is_told_to_exit_is_as_dead(engine):
         engine.step = leave
         with pytest.raises(DeadError, match="SystemExit: from a library"):
             await read(await running.submit([ids(5)], [SamplingParams()]))
+
+    run(engine, work)
+
+
+def test_snapshots_are_taken_between_steps_and_those_who_ask_together_share_one(engine, monkeypatch):
+    slow_down(engine, 0.02)
+    taken = []
+
+    class Recorded(EngineSnapshot):
+        @classmethod
+        def of(cls, engine):
+            taken.append(threading.current_thread().name)
+            return EngineSnapshot.of(engine)
+
+    monkeypatch.setattr("microvllm.engine.async_engine.EngineSnapshot", Recorded)
+
+    async def work(running):
+        idle = await running.snapshot()
+        stream = await running.submit([ids(20)], [SamplingParams(max_tokens=50, ignore_eos=True)])
+        async for _ in stream:
+            break
+        leaving, *staying = (asyncio.create_task(running.snapshot()) for _ in range(5))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        busy, *others = await asyncio.gather(*staying)
+        assert all(other is busy for other in others)
+        stream.close()
+        after = await running.snapshot()
+        await running.drain(10)
+        return idle, busy, after
+
+    idle, busy, after = run(engine, work)
+    assert taken == ["engine"] * 3
+    assert [len(snapshot.running) for snapshot in (idle, busy, after)] == [0, 1, 0]
+    # What it has drawn has been counted, and its blocks hold all that was computed: no step was half done.
+    assert busy.running[0].generated_tokens == busy.stats.generated_tokens == busy.stats.steps > 0
+
+
+def test_a_snapshot_that_a_dead_engine_owes_is_its_death(engine):
+    async def work(running):
+        entered, asked = threading.Event(), threading.Event()
+
+        def step():
+            entered.set()
+            asked.wait(10)
+            raise RuntimeError("broken")
+
+        engine.step = step
+        await running.submit([ids(5)], [SamplingParams(max_tokens=100)])
+        await asyncio.to_thread(entered.wait, 10)
+        waiting = asyncio.create_task(running.snapshot())
+        await asyncio.sleep(0)
+        asked.set()
+        with pytest.raises(DeadError, match="broken"):
+            await asyncio.wait_for(waiting, 5)
+        with pytest.raises(DeadError, match="broken"):
+            await asyncio.wait_for(running.snapshot(), 5)
 
     run(engine, work)
 

@@ -32,7 +32,6 @@ class Metrics:
         self._stats: EngineStats | None = None
         self._last_token: dict[int, float] = {}  # when it came, by request id
         self._registry.register(self)
-        self._generated = self._counter("generation_tokens", "Tokens generated")
         success = Counter(
             "vllm:request_success", "Requests that ended", [*self._labels, "finished_reason"], registry=self._registry
         )
@@ -56,9 +55,6 @@ class Metrics:
         info = Gauge("vllm:cache_config_info", "The cache", list(labels), registry=self._registry)
         info.labels(**labels).set(1)
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"vllm:{name}", text, list(self._labels), registry=self._registry).labels(**self._labels)
-
     def _seconds(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return self._tokens(f"{name}_seconds", f"{text}, in seconds", buckets)
 
@@ -71,7 +67,6 @@ class Metrics:
         for stream, index, event in events:
             number = event.request_id
             if event.token_id is not None:
-                self._generated.inc()
                 computed += 1
                 last = self._last_token.get(number)
                 if last is None:
@@ -123,6 +118,7 @@ class Metrics:
         }
         counters = {
             "prompt_tokens": ("Tokens of prompts", stats.prompt_tokens),
+            "generation_tokens": ("Tokens generated", stats.generated_tokens),
             "prefix_cache_queries": ("Tokens looked for in the prefix cache", stats.prompt_tokens),
             "prefix_cache_hits": ("Tokens found in the prefix cache", stats.cached_prompt_tokens),
             "num_preemptions": ("Preemptions", stats.preemptions),
