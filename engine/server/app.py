@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from ..async_engine import AsyncEngine
+from ..async_engine import AsyncEngine, DeadError
 from ..engine import InferenceEngine
 from . import responses as out
 from .chat import complete_chat
@@ -23,8 +24,10 @@ from .events import ClientLeft
 from .generate import generate, generate_stream
 from .guard import Guard
 from .metrics import Metrics
+from .page_files import page_router
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .served_model import ServedModel
+from .view import view_body
 
 ASKED = documented(400, 404, 413, 429, 503)
 """What every request with a body may be answered with."""
@@ -41,7 +44,7 @@ def make_app(
     """The server of one engine, which it runs from its start-up to its shutdown; `state.engine` is its AsyncEngine.
 
     names:            what clients may call the model
-    api_keys:         one of them must come with every request but those of /health; without any, none is asked for
+    api_keys:         one must come with every request but those that Guard names; without any, none is asked for
     allowed_origins:  whose web pages may call it from a browser; "*" is all
     max_waiting:      requests taken in beyond those that can run at once
     """
@@ -158,6 +161,16 @@ def make_app(
     async def show_metrics() -> Response:
         return Response(metrics.text(running.stats), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/view", response_model=out.EngineView, responses=documented(503))
+    async def view() -> Response:
+        """The engine between two steps: its requests and, block by block, its cache."""
+        try:
+            body = await asyncio.to_thread(view_body, await running.snapshot())
+        except DeadError as error:
+            raise APIError.of(error) from None
+        return Response(body.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"})
+
+    app.include_router(page_router())
     describe(app, names, [ErrorBody, out.ChatChunk, out.GeneratedToken, out.GeneratedEnd], keys=bool(api_keys))
     return app
 

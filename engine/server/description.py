@@ -45,7 +45,7 @@ def describe(app: FastAPI, names: Sequence[str], more: Sequence[type[BaseModel]]
 
     names:  what clients may call the model
     more:   bodies that are only referred to: those of errors and of server-sent events
-    keys:   whether every route but /health wants a key
+    keys:   whether every route that is described, but /health, wants a key
     """
     generic = app.openapi
 

@@ -9,6 +9,7 @@ from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import APIError
+from .page_files import PAGE
 
 MAX_BODY = 4 << 20
 """Bytes. 131072 token ids are 1 MB of JSON, and as much of the event loop's time as a body may take."""
@@ -16,8 +17,17 @@ MAX_BODY = 4 << 20
 TOO_LARGE = f"the body is larger than {MAX_BODY} bytes"
 
 
+OPEN = frozenset({"/health", *PAGE})
+
+
 class Guard:
-    """Refuses with 401 who brings none of the keys, /health aside, and with 413 who sends too much."""
+    """Refuses with 401 who brings none of the keys, and with 413 who sends too much.
+
+    No key is wanted by /health, nor by the page at / and its files: a browser that opens an address sends no header of
+    ours, and these files are the same for everybody and say nothing of this server. The page asks for the key and sends
+    it with all that it asks for. A key in a cookie or by HTTP's Basic scheme, which browsers do send by themselves,
+    would be sent for any other site's page as well.
+    """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str] = ()):
         self._app = app
@@ -28,7 +38,7 @@ class Guard:
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
-        if scope["path"] != "/health" and not self._may_enter(headers.get(b"authorization", b"")):
+        if scope["path"] not in OPEN and not self._may_enter(headers.get(b"authorization", b"")):
             return await APIError(401, "a valid API key is needed", code="invalid_api_key").response()(
                 scope, receive, send
             )

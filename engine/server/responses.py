@@ -169,6 +169,40 @@ class Version(BaseModel):
     version: str
 
 
+class RequestView(BaseModel):
+    """id: its place in the order of arrival;   blocks: of the cache, shared ones included"""
+
+    id: int
+    state: Literal["waiting", "prefill", "decode"]
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    preemptions: int
+    blocks: int
+
+
+class EngineView(BaseModel):
+    """Two of them make rates: what `…_tokens`, `steps` and `preemptions` count never falls, and `clock` is in seconds.
+
+    running:  all, by arrival
+    waiting:  the first 32 of `num_waiting`, by arrival
+    blocks:   the state of each block, as the base64 of 16-bit little-endian numbers: 0 free, 1 cached and unused,
+              2 shared by several requests, 3 + i used by running[i] alone
+    """
+
+    clock: float
+    steps: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+    running: list[RequestView]
+    num_waiting: int
+    waiting: list[RequestView]
+    block_size: int
+    blocks: str
+
+
 def usage_body(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> UsageBody:
     return UsageBody(
         prompt_tokens=prompt_tokens,

@@ -117,7 +117,14 @@ def _server(options: argparse.Namespace, listener: socket.socket) -> Server:
         server_header=False,
         timeout_graceful_shutdown=int(options.shutdown_timeout) + LAST_WORDS_SECONDS,
     )
+    logging.getLogger("uvicorn.access").addFilter(_is_worth_a_line)
     return Server(config, options.shutdown_timeout, f"{names[0]} at {_address(listener)}")
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Not what every page that is open asks for twice a second, unless it goes wrong."""
+    _, _, path, _, status = record.args
+    return path != "/view" or status >= 400
 
 
 def _address(listener: socket.socket) -> str:

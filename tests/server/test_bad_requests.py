@@ -331,6 +331,11 @@ class TestKeys:
             ("GET", "/metrics"),
             ("GET", "/docs"),
             ("GET", "/v1/models"),
+            ("GET", "/view"),
+            ("GET", "/page"),
+            ("GET", "/page/"),
+            ("GET", "/page/../view"),
+            ("GET", "/page/guard.py"),
             ("GET", "/x"),
         ]:
             answer = guarded.client.request(method, path, headers=headers)

@@ -59,6 +59,14 @@ def test_names_lengths_and_keys_reach_the_client(start):
     assert server.stop() == 0
 
 
+def test_the_log_has_a_line_a_request_but_none_for_the_view(plain):
+    for path in ("/view", "/view?a=1", "/version"):
+        assert httpx.get(plain.url + path).status_code == 200
+    assert re.search(r'"GET /version HTTP/1.1" 200', plain.log())
+    assert re.search(r'"GET /view\?a=1 HTTP/1.1" 200', plain.log())
+    assert '"GET /view HTTP' not in plain.log()
+
+
 def test_flags_reach_the_engine(monkeypatch):
     built = []
 
