@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..kernels.kernel_set import KernelSet
 from ..model.checkpoint import open_checkpoint
+from ..model.grammar import Grammars
 from ..model.loader import load_model, num_parameters
 from ..model.logprobs import Logprobs
 from ..model.qwen2 import LayerCache, Qwen2
@@ -129,6 +130,7 @@ class InferenceEngine:
         self._eos_token_ids = checkpoint.config.eos_token_ids
         if self.tokenizer is not None:
             self._eos_token_ids |= self.tokenizer.eos_token_ids
+        self.grammars = Grammars(self.tokenizer, self._eos_token_ids, self.model_config.vocab_size)
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)
         self._requests: dict[int, Request] = {}
@@ -327,6 +329,7 @@ class InferenceEngine:
             max_length=min(len(prompt_ids) + params.max_tokens, self.max_model_len),
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             stop_token_ids=frozenset(token for token in ends if token < vocab_size),
+            grammar=None if params.json_schema is None else self.grammars.begin(params.json_schema),
         )
         self.scheduler.check(seq)
         return Request(prompt, seq, self.tokenizer and Detokenizer(self.tokenizer, params.stop), outbox)
@@ -406,7 +409,7 @@ class InferenceEngine:
             timings=Timings(*(None if moment is None else moment - seq.arrival_time for moment in moments)),
             logprobs=seq.logprobs if seq.params.logprobs is not None else None,
             prompt_logprobs=[None, *seq.prompt_logprobs] if seq.params.prompt_logprobs is not None else None,
-            error="the model's logits were not numbers (NaN or infinite)" if seq.finish_reason == "error" else None,
+            error=seq.error,
         )
         request.outbox.append(StepOutput(seq.id, token, piece, logprobs, output))
 

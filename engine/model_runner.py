@@ -55,6 +55,11 @@ class Step:
         }
         return StepResult(tokens, logprobs, of_prompts)
 
+    def drawn(self) -> dict[int, int]:
+        """By sequence id, what each drew; waits for the device."""
+        tokens = chain.from_iterable(draw.known() for draw in self._draws)
+        return {seq.id: token for seq, token in zip(self.batch.sampled, tokens, strict=True)}
+
     def tokens_of(self, seqs: Row[Sequence]) -> torch.Tensor:
         """[len(seqs)] int64, on the device: what each drew in this step, −1 for those that drew nothing."""
         tokens = torch.cat([draw.tokens for draw in self._draws])
@@ -91,6 +96,7 @@ class ModelRunner:
             if num_prefilled:
                 last = [end - 1 for c, end in zip(batch.chunks, ends, strict=True) if c.end == c.seq.num_tokens]
                 logits = self.model.logits(hidden[to_device(last, torch.int64, self.device)])
+                _follow(batch.sampled[:num_prefilled], None)
                 draws.append(self.sampler(logits, batch.sampled[:num_prefilled]))
             for chunk, end in zip(batch.chunks, ends, strict=True):
                 if chunk.seq.params.prompt_logprobs is not None:
@@ -108,6 +114,7 @@ class ModelRunner:
 
         rows.hold(seqs, self._size(count), newest)
         logits, drawn = self._compute_rows(seqs)
+        _follow(seqs, previous)
         draw = self.sampler.settle(logits[:count], drawn[:count].clone(), seqs, newest)
         if draw.redrawn:
             rows.tokens[:count] = draw.tokens.clamp(min=0)
@@ -146,3 +153,18 @@ class ModelRunner:
             tokens = to_device(seq.token_ids[start:end], torch.int64, self.device)
             pieces.append(TokenLogprobs(logits, tokens, seq.params.prompt_logprobs))
         return pieces
+
+
+def _follow(seqs: Row[Sequence], previous: Step | None) -> None:
+    """Tells grammars the tokens up to the one that is about to be drawn.
+
+    A grammar is the host's, so a token that only the device knows is waited for. By then this step's forward pass is
+    launched, and the device computes it meanwhile. Nothing is preempted between here and the end of the previous step,
+    so what a grammar has followed is never taken back.
+    """
+    constrained = [seq for seq in seqs if seq.grammar is not None]
+    newest = previous.drawn() if any(seq.num_pending for seq in constrained) else {}
+    for seq in constrained:
+        pending = [newest[seq.id]] if seq.num_pending else []
+        if pending != [-1]:  # that one has ended
+            seq.grammar.follow(seq.output_ids + pending)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 from ..model.sampling_params import SamplingParams
 
@@ -23,6 +24,7 @@ class Sequence:
     max_length:     tokens, prompt included, at which it ends
     num_cached:     tokens that were found in the prefix cache when it was first admitted, None before
     block_table:    its blocks of the cache, in order, while it runs
+    grammar:        the model.grammar.Grammar that its output follows, or None
     seed:           what its draws are a function of, together with the draw's number
     finish_reason:  "stop", "length", "abort" or "error", None before the end
     """
@@ -31,6 +33,7 @@ class Sequence:
         "arrival_time",
         "block_table",
         "finish_reason",
+        "grammar",
         "id",
         "logprobs",
         "max_length",
@@ -56,6 +59,7 @@ class Sequence:
         max_length: int,
         seed: int = 0,
         stop_token_ids: frozenset[int] = frozenset(),
+        grammar: Any = None,
         arrival_time: float = 0.0,
     ):
         self.id = id
@@ -65,6 +69,7 @@ class Sequence:
         self.max_length = max_length
         self.seed = seed
         self.stop_token_ids = stop_token_ids
+        self.grammar = grammar
         self.arrival_time = arrival_time
         self.status = Status.WAITING
         self.finish_reason: str | None = None
@@ -97,6 +102,14 @@ class Sequence:
     def work_left(self) -> int:
         """Tokens still to be computed if it runs to its maximum: prompt left + max_tokens − generated."""
         return self.max_length - self.num_computed
+
+    @property
+    def error(self) -> str | None:
+        """What has ended it, where its finish_reason is "error"."""
+        if self.finish_reason != "error":
+            return None
+        of_grammar = self.grammar.error if self.grammar is not None else None
+        return of_grammar or "the model's logits were not numbers (NaN or infinite)"
 
     def __repr__(self) -> str:
         return f"Sequence({self.id}, {self.status.value}, {self.num_prompt}+{self.num_generated} tokens)"

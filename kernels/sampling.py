@@ -219,8 +219,8 @@ def make_inputs(
     """kind: one of KINDS, or "mixed": a row of each in turn
 
     shape:  "flat", normal logits;  "peaked", a language model's: a long tail and above it, far apart, some dozens;
-            "ties", few different values;  "extremes", flat ones a third of which is −inf, in turn with rows that hold
-            a NaN, a +inf or nothing but −inf
+            "ties", few different values;  "masked", a grammar's: all but some four are −inf;  "extremes", flat ones a
+            third of which is −inf, in turn with rows that hold a NaN, a +inf or nothing but −inf
 
     No logits are chosen to put the edge of top-p on a token: rounding would decide which side it falls.
     """
@@ -236,13 +236,16 @@ def make_inputs(
         logits = logits.bfloat16().float()  # as from a model in bfloat16: with ties
     elif shape == "ties":
         logits = (2 * logits).round()
+    elif shape == "masked":
+        kept = torch.randint(vocab, (rows, 4), device=device, generator=generator)
+        logits = torch.full_like(logits, -torch.inf).scatter_(1, kept, logits[:, :4])
     elif shape == "extremes":
         logits[random(rows, vocab) < 1 / 3] = -torch.inf
         logits[1::4, vocab // 2] = torch.nan
         logits[2::4, vocab // 3] = torch.inf
         logits[3::4] = -torch.inf
     elif shape != "flat":
-        raise ValueError(f"shape={shape!r} is none of flat, peaked, ties, extremes")
+        raise ValueError(f"shape={shape!r} is none of flat, peaked, ties, masked, extremes")
 
     asked = list(islice(cycle(KINDS.values()), rows)) if kind == "mixed" else [KINDS[kind]] * rows
 
@@ -282,7 +285,7 @@ OP = Op(
     cases=(
         *(Case(rows=3, vocab=2500, kind=kind, shape="flat") for kind in KINDS),
         *(Case(rows=2, vocab=4096, kind=kind, shape="peaked") for kind in ("top_k_top_p", "top_p", "min_p")),
-        *(Case(rows=6, vocab=3001, kind="mixed", shape=shape) for shape in ("flat", "peaked", "ties")),
+        *(Case(rows=6, vocab=3001, kind="mixed", shape=shape) for shape in ("flat", "peaked", "ties", "masked")),
         Case(rows=12, vocab=3001, kind="mixed", shape="extremes"),
         Case(rows=4, vocab=20, kind="top_k_top_p", shape="flat"),
         Case(rows=6, vocab=1, kind="mixed", shape="flat"),

@@ -1,4 +1,4 @@
-"""What a request asks to be done to its logits before a token is drawn: penalties, biases, forbidden ends."""
+"""What a request asks to be done to its logits before a token is drawn: penalties, biases, forbidden tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from .grammar import Grammar, masks
 from .sampling_row import SamplingRow
 from .transfer import to_device
 
@@ -34,15 +35,23 @@ class _Edits:
 def adjusts(row: SamplingRow) -> bool:
     """Whether a row's next token is drawn from other logits than the model's."""
     p = row.params
-    return _remembers(row) or bool(p.logit_bias) or (_may_not_end(row) and bool(row.stop_token_ids))
+    return (
+        _remembers(row)
+        or bool(p.logit_bias)
+        or row.grammar is not None
+        or (_may_not_end(row) and bool(row.stop_token_ids))
+    )
 
 
 def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tensor | None) -> torch.Tensor:
-    """The logits with penalties, biases and forbidden ends applied, a copy.
+    """The logits with penalties, biases, forbidden ends and grammars applied, a copy.
 
     logits [rows, vocab] float32; newest [rows] int64, on the device, the last token of each row whose `token_ids` lack
     it, None where none do
     """
+    constrained = [i for i, row in enumerate(rows) if row.grammar is not None]
+    if constrained:  # first: it says which texts are complete
+        allowed = _allowed([rows[i].grammar for i in constrained], logits)
     repeated, subtracted, added, forbidden = _Edits(), _Edits(), _Edits(), _Edits()
     for i, row in enumerate(rows):
         p = row.params
@@ -72,10 +81,22 @@ def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tens
         index = to_device(behind, torch.int64, logits.device)
         token = newest[index].clamp(min=0)  # a row without a token has ended
         logits[index, token] = _of_newest(original[index, token], token, [rows[i] for i in behind])
+    if constrained:
+        index = to_device(constrained, torch.int64, logits.device)
+        logits[index] = logits[index].masked_fill(~allowed, -torch.inf)
     return logits
 
 
+def _allowed(grammars: Sequence[Grammar], logits: torch.Tensor) -> torch.Tensor:
+    """[grammars, vocab] bool, on the device: the tokens that may come next."""
+    packed = to_device(masks(grammars), torch.uint8, logits.device)
+    bit = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    return (packed.unsqueeze(2) >> bit & 1).flatten(1)[:, : logits.shape[1]].bool()
+
+
 def _may_not_end(row: SamplingRow) -> bool:
+    if row.grammar is not None and row.grammar.is_complete:
+        return False
     return row.num_tokens - row.num_prompt < row.params.min_tokens
 
 

@@ -28,9 +28,13 @@ class Draw:
             wanted = to_device(list(self._counts), torch.int64, tokens.device)
             self._logprobs = TokenLogprobs(logits[wanted], tokens[wanted], max(self._counts.values()))
 
+    def known(self) -> list[int]:
+        """The tokens, known to the host; waits for the device."""
+        return self._copy.wait()[0].tolist()
+
     def result(self) -> tuple[list[int], list[Logprobs | None]]:
         """The tokens, and log-probabilities where a row asked for them and has a token; waits for the device."""
-        tokens = self._copy.wait()[0].tolist()
+        tokens = self.known()
         reported: list[Logprobs | None] = [None] * len(tokens)
         if self._counts:
             for (i, count), entry in zip(self._counts.items(), self._logprobs.result(), strict=True):

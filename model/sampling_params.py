@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -9,6 +10,9 @@ from typing import Any
 
 MAX_LOGPROBS = 100
 """Log-probabilities that one token can report: more would be a sort of the vocabulary in disguise."""
+
+MAX_SCHEMA_LENGTH = 1 << 16
+"""Characters of a schema: to compile one takes up to a quarter of a second."""
 
 MAX_TOP_K = (1 << 31) - 1
 """More than any vocabulary, and an integer that a tensor can hold."""
@@ -70,7 +74,10 @@ class SamplingParams:
     ignore_eos:          go on after the model's end-of-sequence
     logprobs:            report the sampled token's log-probability and the n likeliest; None is off
     prompt_logprobs:     the same for the prompt's tokens
-    Log-probabilities are those of the model, before penalties, bias and temperature.
+    json_schema:         the text is JSON that follows this schema, a mapping or its JSON text, and ends where it is
+                         complete, whatever min_tokens says; {"type": "object"} is any JSON object. Other ends
+                         (max_tokens, stop, stop_token_ids) leave it incomplete.
+    Log-probabilities are those of the model, before penalties, bias, schema and temperature.
     """
 
     max_tokens: int = 256
@@ -89,6 +96,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: Mapping[str, Any] | str | None = None
 
     def __post_init__(self):
         for name, bounds in {**INTEGERS, "min_tokens": Bounds(0, self.max_tokens)}.items():
@@ -112,6 +120,10 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos={self.ignore_eos!r} must be True or False")
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+            if self.ignore_eos:
+                raise ValueError("ignore_eos=True must be False with json_schema, whose text has an end")
 
     @classmethod
     def of(cls, **options: Any) -> SamplingParams:
@@ -128,6 +140,19 @@ class SamplingParams:
             for token in getattr(self, name):
                 if token >= vocab_size:
                     raise ValueError(f"token id {token} of {name} must be under the vocabulary's size, {vocab_size}")
+
+
+def _schema_text(schema: Any) -> str:
+    if not isinstance(schema, (str, Mapping)):
+        raise ValueError(f"json_schema={schema!r} must be a mapping or a JSON text")
+    if isinstance(schema, Mapping):
+        try:
+            schema = json.dumps(dict(schema), ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"json_schema=… must be JSON: {error}") from None
+    if len(schema) > MAX_SCHEMA_LENGTH:
+        raise ValueError(f"json_schema=… has {len(schema)} characters and must have at most {MAX_SCHEMA_LENGTH}")
+    return schema
 
 
 def _integer(name: str, value: Any, bounds: Bounds) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from .grammar import Grammar
 from .sampling_params import SamplingParams
 
 
@@ -12,6 +13,7 @@ class SamplingRow(Protocol):
 
     token_ids:   prompt and output as far as the host knows them
     num_tokens:  with the newest token, where it is known to the device alone
+    grammar:     where its text must follow a schema; it has followed all tokens, the newest too
     """
 
     params: SamplingParams
@@ -20,3 +22,4 @@ class SamplingRow(Protocol):
     num_tokens: int
     num_prompt: int
     stop_token_ids: frozenset[int]
+    grammar: Grammar | None

@@ -56,6 +56,11 @@ class Tokenizer:
         return cls(gguf_tokenizer.build(metadata), gguf_tokenizer.eos_token_ids(metadata))
 
     @property
+    def fast(self) -> PreTrainedTokenizerFast:
+        """transformers' tokenizer, for libraries that take one."""
+        return self._fast
+
+    @property
     def vocab_size(self) -> int:
         return len(self._bytes)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from microvllm import KernelSet, SamplingParams
 from microvllm.kernels.sampling import _keep_top, gumbel_noise, sample_reference
+from microvllm.model.grammar import Grammar
 from microvllm.model.logprobs import TokenLogprobs
 from microvllm.model.penalties import adjust, adjusts
 from microvllm.model.sampler import Sampler
@@ -28,6 +29,7 @@ class Row:
     num_prompt: int = 3
     stop_token_ids: frozenset[int] = frozenset()
     num_pending: int = 0
+    grammar: Grammar | None = None
 
     @property
     def num_tokens(self) -> int:
