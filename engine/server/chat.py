@@ -23,6 +23,8 @@ async def complete_chat(body: ChatRequest, served: ServedModel, receive: Receive
     if body.top_logprobs is not None and not body.logprobs:
         raise APIError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
     changes: dict[str, Any] = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
+    if body.response_format is not None:
+        changes["json_schema"] = body.response_format.schema_to_follow()
     if body.max_tokens is None and body.max_completion_tokens is None:
         changes["max_tokens"] = served.engine.engine.max_model_len
     params = body.all_params(**changes)

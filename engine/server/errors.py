@@ -22,6 +22,9 @@ RETRY_AFTER = "1"
 LONGEST_MESSAGE = 1000
 """Characters: a message may quote what the client sent."""
 
+PARAMS = {"json_schema": "response_format"}
+"""What a body calls otherwise than SamplingParams."""
+
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -43,10 +46,21 @@ class APIError(Exception):
         """
         if isinstance(error, ValueError):
             named = re.match(r"(?:a token(?: id)? of )?(\w+)[=\[]|token id \d+ of (?!the )(\w+)", str(error))
-            return cls(400, str(error), param=(named[1] or named[2]) if named else field)
+            name = (named[1] or named[2]) if named else field
+            return cls(400, str(error), param=PARAMS.get(name, name))
         if isinstance(error, OverloadedError):
             return cls(429, str(error), code="overloaded")
         return cls(503, str(error), code="engine_dead" if isinstance(error, DeadError) else "shutting_down")
+
+    @classmethod
+    def of_failure(cls, error: str) -> APIError:
+        """What a request fails with that was taken in, while the engine goes on.
+
+        A schema may turn out too complex only when it has been followed a while, and that is the client's fault.
+        """
+        if error.startswith("json_schema="):
+            return cls.of(ValueError(error))
+        return cls(500, error, code="generation_failed")
 
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")

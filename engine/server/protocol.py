@@ -250,6 +250,49 @@ class Message(Object):
         return {"role": role, "content": content}
 
 
+class TextFormat(Object):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+
+    def schema_to_follow(self) -> None:
+        return None
+
+
+class JSONObjectFormat(Object):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["json_object"]
+
+    def schema_to_follow(self) -> dict[str, Any]:
+        return {"type": "object"}
+
+
+class NamedSchema(Object):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    """Taken and not used."""
+    description: str | None = None
+    """Taken and not used."""
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    """A JSON schema of what llguidance supports, at most 65536 characters long."""
+    strict: bool | None = None
+    """The schema is followed, whatever this says."""
+
+
+class JSONSchemaFormat(Object):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+    def schema_to_follow(self) -> dict[str, Any]:
+        return self.json_schema.schema_
+
+
+ResponseFormat = Annotated[TextFormat | JSONObjectFormat | JSONSchemaFormat, Field(discriminator="type")]
+
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
 
 
@@ -265,6 +308,8 @@ class ChatRequest(OpenAISampling):
     """Whether to report the log-probability of each token."""
     top_logprobs: TopCount | None = None
     """And of the so many likeliest; only with `logprobs`."""
+    response_format: ResponseFormat | None = None
+    """What the answer is, if it is not cut off: a text, a JSON object, or JSON that follows a schema."""
 
     def chat(self) -> list[dict[str, str]]:
         return [message.for_template() for message in self.messages]

@@ -108,6 +108,7 @@ def _server(options: argparse.Namespace, listener: socket.socket) -> Server:
             f"the cache holds {held} tokens and a text may have {engine.max_model_len}: give --max-model-len {held}, "
             f"or a --gpu-memory-utilization over {options.gpu_memory_utilization}"
         )
+    engine.grammars.load()
     names = options.served_model_name or [options.model]
     config = uvicorn.Config(
         make_app(engine, names, api_keys=options.api_key, allowed_origins=options.allowed_origins),

@@ -62,7 +62,7 @@ async def sound_events(stream: Stream) -> AsyncIterator[list[tuple[int, StepOutp
         for place, (_, event) in enumerate(events):
             if event.output is not None and event.output.error is not None:
                 yield events[:place]
-                raise APIError(500, event.output.error, code="generation_failed")
+                raise APIError.of_failure(event.output.error)
         yield events
 
 

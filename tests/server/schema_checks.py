@@ -14,6 +14,8 @@ BEYOND_A_SCHEMA = [
     r"^min_tokens=\d+ must be an integer from 0 to \d+$",
     r"^(stream_options needs stream|max_(completion_)?tokens=0 needs echo|top_logprobs needs logprobs)",
     r"^echo with logprobs is not supported in a stream$",
+    r"^json_schema=.* (is not valid|cannot be followed): ",
+    r"^ignore_eos=True must be False with json_schema",
 ]
 """Why a body that its schema allows may be refused all the same: by the model, or by another of its fields."""
 

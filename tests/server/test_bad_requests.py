@@ -82,7 +82,7 @@ def error(answer, status: int) -> dict:
         ("tool_choice", "auto"),
         ("suffix", "x"),
         ("best_of", 2),
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json"}),
         ("chat_template", "{{ messages }}"),
         ("temprature", 1),
     ],

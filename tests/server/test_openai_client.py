@@ -307,17 +307,10 @@ class TestErrors:
         ):
             other.models.list()
 
-    @pytest.mark.parametrize(
-        "field",
-        [
-            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
-            {"response_format": {"type": "json_object"}},
-        ],
-    )
-    def test_what_is_not_supported_is_named(self, chat, field):
+    def test_what_is_not_supported_is_named(self, chat):
         with pytest.raises(openai.BadRequestError) as bad:
-            chat(**field)
-        assert bad.value.param in field
+            chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
+        assert bad.value.param == "tools"
 
     def test_top_logprobs_without_logprobs(self, chat):
         with pytest.raises(openai.BadRequestError) as bad:
@@ -336,7 +329,8 @@ def test_the_readmes_example_runs(server, capsys):
         assert there in block
         block = block.replace(there, ours)
     exec(block, {})
-    assert capsys.readouterr().out.startswith(" Paris.")
+    text, city = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    assert text.startswith(" Paris.") and re.fullmatch(r"name='.+' inhabitants=\d+", city)
 
 
 def test_many_at_once_with_the_async_client(server, engine):

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from microvllm import InferenceEngine
 
+from ..small_models import Shape, make_model
+from ..test_engine import save_tokenizer
 from .small_server import serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,10 +39,18 @@ def run(server, folder: Path) -> tuple[subprocess.CompletedProcess, dict]:
     return done, json.loads(report.read_text())
 
 
-def test_every_route_is_as_described(make_engine, tmp_path):
-    """Some 2,800 requests; texts are short and many run at once, so that n=128 does not take long."""
-    engine = make_engine(max_model_len=48, max_batch_size=64, num_blocks=256)
-    with serving(engine) as server:
+@pytest.fixture
+def engine_with_an_end(tmp_path):
+    """Whose texts can follow a schema; they are short and many run at once, so that n=128 does not take long."""
+    make_model(Shape(), tmp_path / "model")
+    save_tokenizer(tmp_path / "model", eos="zz")
+    options = {"max_model_len": 48, "max_batch_size": 64, "num_blocks": 256, "block_size": 16}
+    return InferenceEngine(tmp_path / "model", device="cpu", progress=False, **options)
+
+
+def test_every_route_is_as_described(engine_with_an_end, tmp_path):
+    """Some 2,800 requests."""
+    with serving(engine_with_an_end) as server:
         done, report = run(server, tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         assert report["operations"]["tested"] == report["operations"]["total"] >= 11
@@ -47,6 +58,7 @@ def test_every_route_is_as_described(make_engine, tmp_path):
         for route, phases in report["valid_rates"].items():  # nor is it by refusing everything
             answered = sum(phase["accepted"] for phase in phases.values())
             assert answered >= (40 if route.startswith("POST") else 2), (route, phases)
+        assert engine_with_an_end.grammars._compiled.cache_info().currsize > 1  # schemas that were followed
         server.assert_serves()
         server.assert_comes_to_rest()
 
@@ -72,6 +84,14 @@ def test_bounds_and_names_are_described(description):
     assert fields["best_of"]["enum"] == [1, None]
     assert all(fields[name]["description"] for name in fields if name != "stream_options")
     assert not bodies["CompletionRequest"]["additionalProperties"]
+
+
+def test_a_response_format_is_described_where_it_is_followed(description):
+    bodies = description["components"]["schemas"]
+    formats = bodies["ChatRequest"]["properties"]["response_format"]["anyOf"][0]["discriminator"]["mapping"]
+    assert formats.keys() == {"text", "json_object", "json_schema"}
+    for body in ("CompletionRequest", "GenerateRequest"):
+        assert bodies[body]["properties"]["response_format"]["enum"] == [{"type": "text"}, None]
 
 
 def test_keys_are_described(make_engine):

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 MANY = 20_000
 FIELDS = {str(i): "x" for i in range(MANY)}
+CHAT = {"messages": [{"role": "user", "content": "a"}]}
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,9 @@ FIELDS = {str(i): "x" for i in range(MANY)}
         (ChatRequest, {"messages": [{"role": "user", "content": [5] * MANY}]}),
         (ChatRequest, {"messages": [{"role": "user", "content": [FIELDS]}]}),
         (ChatRequest, {"messages": [{"role": "user", "content": "a"} | FIELDS]}),
+        (ChatRequest, CHAT | {"response_format": FIELDS}),
+        (ChatRequest, CHAT | {"response_format": {"type": "json_object"} | FIELDS}),
+        (ChatRequest, CHAT | {"response_format": {"type": "json_schema", "json_schema": FIELDS}}),
         (DetokenizeRequest, {"tokens": ["a"] * MANY}),
     ],
 )
