@@ -1,7 +1,8 @@
 """A small, fast LLM inference engine whose GPU kernels are written in Triton and can be swapped one at a time."""
 
-from .engine.engine import EngineStats, InferenceEngine
+from .engine.engine import InferenceEngine
 from .engine.outputs import Generations, RequestOutput
+from .engine.stats import EngineStats
 from .kernels.kernel_set import KernelSet
 from .model.sampling_params import SamplingParams
 

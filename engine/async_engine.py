@@ -12,9 +12,10 @@ from functools import partial
 from typing import TypeVar
 
 from ..model.sampling_params import SamplingParams
-from .engine import EngineStats, InferenceEngine, Prompt, Request
+from .engine import InferenceEngine, Prompt, Request
 from .outputs import StepOutput
 from .snapshot import EngineSnapshot
+from .stats import EngineStats
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .model_runner import ModelRunner, Step
 from .outputs import Generations, RequestOutput, StepOutput, Timings, Usage
 from .scheduler import Scheduler
 from .sequence import Sequence, Status
+from .stats import EngineStats
 
 Prompt = str | list[int] | list[dict]
 """A text, its token ids, or a chat: [{"role": "user", "content": "…"}, …]."""
@@ -47,32 +48,6 @@ class Request:
     outbox: deque[StepOutput]
     first_step_time: float | None = None
     first_token_time: float | None = None
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """The engine at this moment, and what it has done so far.
-
-    fragmentation:         share of the cache blocks in use that holds no token
-    steps:                 that were launched
-    cached_prompt_share:   share of all prompt tokens that were served from cached blocks
-    """
-
-    running: int
-    waiting: int
-    blocks_used: int
-    blocks: int
-    fragmentation: float
-    prompt_tokens: int
-    cached_prompt_tokens: int
-    generated_tokens: int
-    preemptions: int
-    steps: int
-    cached_prompt_share: float = field(init=False)
-
-    def __post_init__(self):
-        share = self.cached_prompt_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-        object.__setattr__(self, "cached_prompt_share", share)
 
 
 class InferenceEngine:
@@ -276,19 +251,7 @@ class InferenceEngine:
         return self.scheduler.has_work
 
     def stats(self) -> EngineStats:
-        scheduler, cache = self.scheduler, self.cache_manager
-        return EngineStats(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            blocks_used=cache.num_used,
-            blocks=cache.num_blocks,
-            fragmentation=scheduler.fragmentation,
-            prompt_tokens=scheduler.num_prompt_tokens,
-            cached_prompt_tokens=scheduler.num_cached_tokens,
-            generated_tokens=scheduler.num_generated_tokens,
-            preemptions=scheduler.num_preemptions,
-            steps=scheduler.num_steps,
-        )
+        return EngineStats.of(self.scheduler)
 
     # --- its own steps ---
 

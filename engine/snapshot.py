@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from .engine import EngineStats, InferenceEngine
+from .engine import InferenceEngine
 from .sequence import Sequence, Status
+from .stats import EngineStats
 
 FREE, CACHED, SHARED, FIRST_OWNER = range(4)
 """States of a block in `EngineSnapshot.block_states`."""
