@@ -304,7 +304,7 @@ class ChatRequest(OpenAISampling):
     defaults: ClassVar[dict[str, Any]] = {"temperature": 1.0}
 
     messages: Messages = Field(examples=[[{"role": "user", "content": "What is a GPU?"}]])
-    logprobs: bool | None = None
+    logprobs: bool | None = Field(None, examples=[True])
     """Whether to report the log-probability of each token."""
     top_logprobs: TopCount | None = None
     """And of the so many likeliest; only with `logprobs`."""
