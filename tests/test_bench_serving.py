@@ -524,7 +524,8 @@ class TestCommand:
         assert [(row["case"], row["server"]) for row in saved["rows"]] == [
             (case, server) for case in ("1", "3") for server in (OURS, "vllm")
         ]
-        assert all(row["tokens/s"] > 0 and row["failed"] == 0 and row["TPOT ms"] >= 2 for row in saved["rows"])
+        # Six tokens, 2 ms apart, whatever became of the first.
+        assert all(row["tokens/s"] > 0 and row["failed"] == 0 and row["E2EL ms"] >= 10 for row in saved["rows"])
         assert saved["max_model_len"] == 14 and saved["goodput"] == {"e2el": 10000}
         turns = saved["points"][1]["turns"]
         assert [len(turns[server]) for server in (OURS, "vllm")] == [2, 2]
