@@ -23,8 +23,9 @@ from .cli_options import (
     sampling_params,
 )
 from .config import EngineConfig
-from .engine import InferenceEngine, Prompt
+from .engine import InferenceEngine
 from .outputs import RequestOutput
+from .prompt import Prompt
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 import sys
@@ -9,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,10 @@ from .kv_cache import allocate_cache, num_blocks_that_fit
 from .model_graph import ModelGraphRunner
 from .model_runner import ModelRunner, Step
 from .outputs import Generations, RequestOutput, StepOutput, Timings, Usage
+from .prompt import Prompt, encode, one_or_several
 from .scheduler import Scheduler
 from .sequence import Sequence, Status
 from .stats import EngineStats
-
-Prompt = str | list[int] | list[dict]
-"""A text, its token ids, or a chat: [{"role": "user", "content": "…"}, …]."""
 
 
 @dataclass
@@ -89,6 +88,38 @@ class InferenceEngine:
             load_format=config.load_format,
             progress=config.progress,
         )
+        self._eos_token_ids = checkpoint.config.eos_token_ids
+        if self.tokenizer is not None:
+            self._eos_token_ids |= self.tokenizer.eos_token_ids
+        self.grammars = Grammars(self.tokenizer, self._eos_token_ids, self.model_config.vocab_size)
+        self._assemble(model)
+        if config.progress:
+            gib = num_parameters(model.config) * dtype.itemsize / 2**30
+            num_blocks = self.cache_manager.num_blocks
+            cache_gib = num_blocks * config.block_size * model.config.kv_bytes_per_token(dtype) / 2**30
+            print(
+                f"{checkpoint.name}: {gib:.2f} GiB of {str(dtype).removeprefix('torch.')} weights on {device}, "
+                f"{num_blocks} cache blocks of {config.block_size} tokens ({cache_gib:.2f} GiB)",
+                f"kernels: {self.kernels}",
+                sep="\n",
+                file=sys.stderr,
+            )
+
+    def with_kernels(self, kernels: KernelSet, *, enforce_eager: bool | None = None) -> InferenceEngine:
+        """Another engine with the same options on the same weights, which take no memory again; its cache does.
+
+        ValueError for kernels that read a weight in another layout than this engine's.
+        """
+        other = copy.copy(self)
+        other.kernels = kernels
+        if enforce_eager is not None:
+            other.config = replace(self.config, enforce_eager=enforce_eager)
+        other._assemble(self.runner.model.with_kernels(kernels))
+        return other
+
+    def _assemble(self, model: Qwen2) -> None:
+        """All that an engine has of its own around the weights."""
+        config, dtype, device = self.config, model.embedding.dtype, self.device
         sampler = Sampler(self.kernels)
         num_blocks = config.num_blocks or num_blocks_that_fit(model, sampler, config, dtype)
         cache = allocate_cache(model.config, model.config.num_layers, num_blocks, config.block_size, dtype, device)
@@ -102,26 +133,12 @@ class InferenceEngine:
             interleaved_prefill_tokens=config.interleaved_prefill_tokens,
             age_bound=config.age_bound,
         )
-        self._eos_token_ids = checkpoint.config.eos_token_ids
-        if self.tokenizer is not None:
-            self._eos_token_ids |= self.tokenizer.eos_token_ids
-        self.grammars = Grammars(self.tokenizer, self._eos_token_ids, self.model_config.vocab_size)
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)
         self._requests: dict[int, Request] = {}
         self._async = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
         self._launched: Step | None = None  # while the host is a step behind
         self._outbox: deque[StepOutput] = deque()
-        if config.progress:
-            gib = num_parameters(model.config) * dtype.itemsize / 2**30
-            cache_gib = num_blocks * config.block_size * model.config.kv_bytes_per_token(dtype) / 2**30
-            print(
-                f"{checkpoint.name}: {gib:.2f} GiB of {str(dtype).removeprefix('torch.')} weights on {device}, "
-                f"{num_blocks} cache blocks of {config.block_size} tokens ({cache_gib:.2f} GiB)",
-                f"kernels: {self.kernels}",
-                sep="\n",
-                file=sys.stderr,
-            )
 
     def _make_runner(self, model: Qwen2, sampler: Sampler, cache: list[LayerCache]) -> ModelRunner:
         batch_size = self.config.max_batch_size
@@ -144,10 +161,7 @@ class InferenceEngine:
         ValueError, and nothing is generated, where a prompt or an option cannot be served. A request that fails later
         has finish_reason "error".
         """
-        if not isinstance(prompts, (str, list, tuple)):
-            raise ValueError(f"prompts must be a text, token ids, a chat, or a list of these, not {prompts!r}")
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, dict))):
-            prompts = [prompts]
+        prompts = one_or_several(prompts)
         each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many params, or one for all; there are {len(each)}")
@@ -214,15 +228,7 @@ class InferenceEngine:
 
         add_special_tokens: whether a text's tokens come after those that the model's texts begin with
         """
-        if isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], dict)):
-            return list(prompt)
-        if not isinstance(prompt, (str, list, tuple)):
-            raise ValueError(f"a prompt is a text, a list of token ids or a chat, not {prompt!r}")
-        if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer: give the prompt as token ids")
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, max_tokens=self.max_model_len, add_special_tokens=add_special_tokens)
-        return self.tokenizer.encode_chat(list(prompt), max_tokens=self.max_model_len)
+        return encode(prompt, self.tokenizer, self.max_model_len, add_special_tokens=add_special_tokens)
 
     def add(self, request: Request) -> int:
         """Takes in what `prepare` gave and returns its id."""

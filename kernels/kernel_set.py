@@ -107,13 +107,23 @@ class KernelSet:
         """The name of the implementation that each operator runs."""
         return MappingProxyType({op: name for op, (name, _) in self._chosen.items()})
 
-    def prepare(self, op: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as what runs for `op` wants it; the same tensor where that is the canonical layout."""
+    def changes(self, other: KernelSet) -> dict[str, tuple[str, str]]:
+        """The operators that the other set runs otherwise → the name here and the name there."""
+        pairs = {op: (choice, other._chosen[op]) for op, choice in self._chosen.items()}
+        return {op: (mine[0], theirs[0]) for op, (mine, theirs) in pairs.items() if mine != theirs}
+
+    def preparation(self, op: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What brings a weight into the layout that runs for `op`; None where that is the canonical one."""
         implementation = self._chosen[op][1]
         if implementation is None:
             part = _that_prepares(OPS[op], self._chosen)
-            return weight if part is None else self.prepare(part, weight)
-        return weight if implementation.prepare is None else implementation.prepare(weight)
+            return None if part is None else self.preparation(part)
+        return implementation.prepare
+
+    def prepare(self, op: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as what runs for `op` wants it; the same tensor where that is the canonical layout."""
+        preparation = self.preparation(op)
+        return weight if preparation is None else preparation(weight)
 
     @classmethod
     def default(cls, device: str | torch.device | None = None) -> KernelSet:

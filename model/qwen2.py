@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +25,11 @@ def read_by(config: ModelConfig) -> dict[str, str]:
         "down_weight": "linear_add",
         "head": "linear",
     }
+
+
+def other_layouts(config: ModelConfig, a: KernelSet, b: KernelSet) -> list[str]:
+    """The operators whose weights two sets of kernels read in different layouts: a model cannot hold those for both."""
+    return [op for op in dict.fromkeys(read_by(config).values()) if a.preparation(op) != b.preparation(op)]
 
 
 def _weight(*shape: int) -> nn.Parameter:
@@ -130,6 +137,14 @@ class Qwen2(nn.Module):
                     prepared = self.kernels.prepare(op, getattr(module, name))
                     delattr(module, name)
                     setattr(module, name, prepared)
+
+    def with_kernels(self, kernels: KernelSet) -> Qwen2:
+        """The model with other kernels on the same weights; ValueError where one reads a weight in another layout."""
+        for op in other_layouts(self.config, self.kernels, kernels):
+            raise ValueError(f"these kernels read the weight of {op} in another layout, and need weights of their own")
+        kept = [x for module in self.modules() for x in (*module._parameters.values(), *vars(module).values())]
+        kept = {id(x): x for x in kept if isinstance(x, torch.Tensor)}
+        return copy.deepcopy(self, {**kept, id(self.config): self.config, id(self.kernels): kernels})
 
     def forward(self, token_ids: torch.Tensor, cache: list[LayerCache], where: AttentionMetadata) -> torch.Tensor:
         """The final hidden state of each token; its keys and values go into the cache on the way.

@@ -6,10 +6,8 @@ import random
 from pathlib import Path
 
 import torch
-from microvllm import InferenceEngine, KernelSet, SamplingParams
-from microvllm.engine.scheduler import Batch, Chunk
-from microvllm.engine.sequence import Sequence
-from microvllm.model.sampler import Sampler
+from microvllm import InferenceEngine, KernelSet
+from microvllm.engine.lab.forced import RecordingSampler, forced_steps
 
 from .small_models import VOCAB_SIZE, Shape, make_model, transformers_logits
 
@@ -17,19 +15,6 @@ TOKENS = 64
 RAGGED = [1, 17, 5, 40]
 BLOCK_SIZE = 16
 ONE_OF_EACH = [Shape("qwen2"), Shape("qwen3", tied=True, rope="yarn"), Shape("llama", group=4, rope="llama3")]
-
-
-class RecordingSampler(Sampler):
-    """Keeps the logits that each token of each sequence was chosen from."""
-
-    def __init__(self, kernels: KernelSet):
-        super().__init__(kernels)
-        self.logits: dict[tuple[int, int], torch.Tensor] = {}
-
-    def settle(self, logits, tokens, rows, newest=None):
-        for row, seq in zip(logits, rows, strict=True):
-            self.logits[seq.id, seq.num_tokens - seq.num_prompt] = row.float().cpu()
-        return super().settle(logits, tokens, rows, newest)
 
 
 class Models:
@@ -86,21 +71,8 @@ def generate(engine: InferenceEngine, prompts: list[list[int]], before_step=lamb
 
 
 def forced_tokens(engine: InferenceEngine, prompts, texts) -> list[list[int]]:
-    """What the engine's runner draws greedily at each step of the texts, whatever it drew before."""
-    runner, size = engine.runner, engine.config.block_size
-    seqs, free = [], 0
-    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        length = len(prompt) + len(text)
-        seqs.append(Sequence(i, prompt, SamplingParams(), max_length=length))
-        seqs[-1].block_table = list(range(free, free := free + -(-length // size)))
-    chunks = [Chunk(seq, 0, seq.num_prompt) for seq in seqs]
-    drawn = [runner.launch(Batch(chunks, [], seqs)).result().tokens]
-    for i in range(len(texts[0]) - 1):
-        for row, (seq, text) in enumerate(zip(seqs, texts, strict=True)):
-            seq.token_ids.append(text[i])
-            runner.rows.tokens[row] = text[i]
-        drawn.append(runner.launch(Batch([], seqs, seqs)).result().tokens)
-    return drawn
+    """What the engine draws greedily at each step of the texts, whatever it drew before."""
+    return [[token for _, token, _ in step] for step in forced_steps(engine, prompts, texts)]
 
 
 def assert_like_transformers(model, engine: InferenceEngine, outputs, distinct: int = 40) -> None:

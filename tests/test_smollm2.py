@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from microvllm import InferenceEngine
+from microvllm.engine.lab.forced import RecordingSampler
 from microvllm.model.checkpoint import resolve
 from transformers import AutoModelForCausalLM
 
-from .parity import TOKENS, RecordingSampler, assert_like_transformers
+from .parity import TOKENS, assert_like_transformers
 
 PROMPTS = [
     "The three branches of the government of the United States are",

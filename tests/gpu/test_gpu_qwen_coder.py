@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from microvllm import InferenceEngine, KernelSet
+from microvllm.engine.lab.forced import RecordingSampler
 from transformers import AutoModelForCausalLM
 
-from ..parity import RecordingSampler, forced_tokens
+from ..parity import forced_tokens
 from ..small_models import transformers_logits
 
 FILE = os.environ.get("MICROVLLM_QWEN_CODER")
