@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .picture import OURS as OUR_COLOUR
-from .picture import PEER_COLOURS
+from microvllm.kernels.measurement_picture import OURS as OUR_COLOUR
+from microvllm.kernels.measurement_picture import PEER_COLOURS
+
 from .serving_picture import serving_figure
 
 PALE = "#ced4da"

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from microvllm.kernels.kernel_set import OPS, STANDALONE
-from microvllm.kernels.measure import Peer, Row, default_dtype, in_a_line, measure_case, table
+from microvllm.kernels.measure import Peer, default_dtype, in_a_line, measure_case
+from microvllm.kernels.measurement import Measurement, Row
 from microvllm.kernels.op import Case, Op
 from microvllm.kernels.roof import measure_roof
 from microvllm.kernels.timing import Timing
@@ -71,21 +72,6 @@ def flat(row: Row, peers: list[str]) -> dict[str, Any]:
     return cells | times
 
 
-def point(row: Row) -> dict[str, Any]:
-    """A row with all that was measured, for pictures: times in µs, words where there is none."""
-
-    def time_of(timing: Timing | str) -> dict[str, float] | str:
-        return asdict(timing) if isinstance(timing, Timing) else timing
-
-    return {
-        "sizes": dict(row.case.sizes),
-        "cost": asdict(row.cost),
-        "roof": row.roof.time(row.cost) * 1e6,
-        "time": time_of(row.timing),
-        "peers": {name: time_of(timing) for name, timing in row.peers.items()},
-    }
-
-
 def group_of(op: str, case: Case) -> str:
     """Which cases of an operator are summed up together."""
     sizes = case.sizes
@@ -134,20 +120,17 @@ def bench(op: Op, kernel: str, dtype: torch.dtype, peers: tuple[Peer, ...]) -> l
         rows.append(measured(op, kernel, case, dtype, peers))
         gc.collect()  # what peers leave in cycles holds memory of the GPU, and 80 GB were full of it
         print(f"[{i}/{len(op.large_cases)}] {op.name} {case}: {in_short(rows[-1])}", flush=True)
-    print(f"\n{op.name}: {kernel}, {time.perf_counter() - start:.0f} s\n{table(rows)}\n", flush=True)
+    measurement = Measurement(op.name, kernel, tuple(rows))
+    print(f"\n{time.perf_counter() - start:.0f} s\n{measurement}\n", flush=True)
     names = list(dict.fromkeys(peer.name for peer in peers))
     short = str(dtype).removeprefix("torch.")
     path = record.save(
         f"kernels-{op.name}" + (f"-{short}" if dtype != default_dtype(op) else ""),
         [flat(row, names) for row in rows],
-        operator=op.name,
-        kernel=kernel,
-        dtype=short,
-        roof=asdict(rows[0].roof),
         not_measured={
             name: sorted({row.peers[name] for row in rows if isinstance(row.peers.get(name), str)}) for name in names
         },
-        points=[point(row) for row in rows],
+        **measurement.record(),
     )
     print(path, flush=True)
     picture.draw_beside(path, picture.draw)

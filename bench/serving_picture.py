@@ -5,8 +5,9 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from .picture import OURS as OUR_COLOUR
-from .picture import PEER_COLOURS
+from microvllm.kernels.measurement_picture import OURS as OUR_COLOUR
+from microvllm.kernels.measurement_picture import PEER_COLOURS
+
 from .serving_metrics import LATENCIES
 
 STYLES = {"median": "-", "p90": "--", "p99": ":"}

@@ -19,89 +19,22 @@ import torch
 
 from .op import Case, Implementation, Op, needs_gpu
 from .poison import PoisonedAllocations, bounds_kept, copy_amid_poison, is_poison
-
-# The problems, by the names that a report gives them.
-WRONG_VALUES = "wrong values"
-NAN = "NaN"
-UNWRITTEN = "unwritten output"
-STALE = "stale output"
-CHANGED = "changed argument"
-OUT_OF_BOUNDS = "written out of bounds"
-NOT_DETERMINISTIC = "not deterministic"
-WRONG_SHAPE = "wrong shape"
-WRONG_DTYPE = "wrong dtype"
-RAISED = "raised"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong, by one of the names above, and where."""
-
-    name: str
-    where: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """The verdict on one case in one dtype.
-
-    error, allowed:  the largest error and its bound, in the tensor that exceeds its bounds most or comes closest to
-                     them; for integers the number of wrong elements and 0; NaN where there is no error to speak of
-    refused:         why the implementation does not take the case, in its own words; nothing was run then
-    reproduce:       the call that checks this case alone
-    """
-
-    case: Case
-    dtype: torch.dtype
-    error: float = math.nan
-    allowed: float = math.nan
-    problems: tuple[Problem, ...] = ()
-    refused: str | None = None
-    reproduce: str = ""
-
-    @property
-    def verdict(self) -> str:
-        if self.refused is not None:
-            return f"refused: {self.refused}"
-        return ", ".join(dict.fromkeys(problem.name for problem in self.problems)) or "right"
-
-
-@dataclass(frozen=True)
-class Report:
-    """The verdicts on a kernel. Its text is a table and, below it, the places where the kernel is wrong."""
-
-    title: str
-    results: tuple[Result, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether at least one case was judged, and none has a problem."""
-        judged = [result for result in self.results if result.refused is None]
-        return bool(judged) and not any(result.problems for result in judged)
-
-    @property
-    def problems(self) -> set[str]:
-        """The names of all problems."""
-        return {problem.name for result in self.results for problem in result.problems}
-
-    def __str__(self) -> str:
-        wrong = [result for result in self.results if result.problems]
-        refused = sum(result.refused is not None for result in self.results)
-        right = len(self.results) - len(wrong) - refused
-        rows = [("case", "dtype", "error", "allowed", "verdict")]
-        for result in self.results:
-            numbers = ("", "") if math.isnan(result.error) else (f"{result.error:.2e}", f"{result.allowed:.2e}")
-            rows.append((str(result.case), dtype_name(result.dtype), *numbers, result.verdict))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{self.title}: {right} right, {len(wrong)} wrong, {refused} refused"]
-        for case, dtype, error, allowed, verdict in rows:
-            left = f"{case:{widths[0]}}  {dtype:{widths[1]}}"
-            lines.append(f"  {left}  {error:>{widths[2]}}  {allowed:>{widths[3]}}  {verdict}")
-        for result in wrong:
-            lines += ["", f"{result.case}, {dtype_name(result.dtype)}"]
-            lines += [f"  {problem.name}: {problem.where}" for problem in result.problems]
-            lines += [f"  again: {result.reproduce}"]
-        return "\n".join(lines)
+from .report import (
+    CHANGED,
+    NAN,
+    NOT_DETERMINISTIC,
+    OUT_OF_BOUNDS,
+    RAISED,
+    STALE,
+    UNWRITTEN,
+    WRONG_DTYPE,
+    WRONG_SHAPE,
+    WRONG_VALUES,
+    Problem,
+    Report,
+    Result,
+    dtype_name,
+)
 
 
 def check(
@@ -380,10 +313,6 @@ def _text(index: tuple[int, ...]) -> str:
 
 def _places(name: str, mask: torch.Tensor) -> str:
     return f"{int(mask.sum())} of {mask.numel()} elements of {name}, the first at [{_text(_first(mask))}]"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _place(op: Op) -> str:

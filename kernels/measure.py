@@ -10,18 +10,20 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from .check import Expected, check, dtype_name, equal_bits
+from .check import Expected, check, equal_bits
+from .measurement import Measurement, Row
 from .op import Case, Cost, Implementation, Op
 from .poison import poison
+from .report import dtype_name
 from .roof import Roof, measure_roof
-from .timing import CapturedCalls, Timing, gpu, take_turns
+from .timing import CapturedCalls, Clock, Timing, gpu, take_turns
 
 TURNOVER = 5
 """The argument sets hold this many times the L2. Read in a cycle n times its size, a cache that evicts at random still
@@ -66,90 +68,6 @@ class Peer:
     in_place: bool = False
 
 
-@dataclass(frozen=True)
-class Row:
-    """One case. `timing` and the values of `peers` are words where there is no time."""
-
-    case: Case
-    dtype: torch.dtype
-    cost: Cost
-    roof: Roof
-    timing: Timing | str
-    peers: Mapping[str, Timing | str] = field(default_factory=dict)
-
-    @property
-    def share(self) -> float:
-        """Of the roof: 1 is as fast as can be."""
-        return self.roof.time(self.cost) / (self.timing.median * 1e-6)
-
-    @property
-    def over_launch(self) -> float:
-        """Microseconds over an empty kernel."""
-        return self.timing.median - self.roof.launch * 1e6
-
-    @property
-    def rate(self) -> tuple[float, str]:
-        """TB/s, or TFLOP/s where the roof is that of arithmetic."""
-        seconds = self.timing.median * 1e-6
-        if self.cost.flops / self.roof.flops > self.roof.memory_time(self.cost):
-            return self.cost.flops / seconds / 1e12, "TFLOP/s"
-        return (self.cost.read + self.cost.written) / seconds / 1e12, "TB/s"
-
-    @property
-    def fastest(self) -> tuple[str, Timing] | None:
-        """The fastest peer."""
-        timed = [(name, timing) for name, timing in self.peers.items() if isinstance(timing, Timing)]
-        return min(timed, key=lambda entry: entry[1].median, default=None)
-
-    def ratio(self, peer: Timing) -> float:
-        """Our time over the peer's: below 1 we are faster."""
-        return self.timing.median / peer.median
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """The times of a kernel; `print(measurement)` shows them as a table."""
-
-    title: str
-    rows: tuple[Row, ...]
-
-    def __str__(self) -> str:
-        return f"{self.title}\n{table(self.rows)}"
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The rows with their columns aligned; below them, in words, what was not timed and why.
-
-    A peer's column has its µs and, after ×, our time over its time.
-    """
-    names = list(dict.fromkeys(name for row in rows for name in row.peers))
-    lines = [("case", "dtype", "µs", "10–90 %", "over empty", "rate", "% of roof", *names)]
-    notes: dict[str, None] = {}
-    for row in rows:
-        start = (str(row.case), dtype_name(row.dtype))
-        if isinstance(row.timing, str):
-            notes[f"{row.case}: {row.timing}"] = None
-            lines.append((*start, *["–"] * (5 + len(names))))
-            continue
-        rate, unit = row.rate
-        spread = f"{_digits(row.timing.low)}–{_digits(row.timing.high)}"
-        cells = (_digits(row.timing.median), spread, _digits(row.over_launch), f"{_digits(rate)} {unit}")
-        shown = []
-        for name in names:
-            peer = row.peers.get(name, "not measured")
-            if isinstance(peer, str):
-                notes[f"{name}: {peer}"] = None
-            shown.append("–" if isinstance(peer, str) else f"{_digits(peer.median)} ×{row.ratio(peer):.2f}")
-        lines.append((*start, *cells, f"{row.share:.1%}"[:-1], *shown))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for line in lines:
-        words = [f"{cell:{width}}" for cell, width in zip(line[:2], widths, strict=False)]
-        figures = [f"{cell:>{width}}" for cell, width in zip(line[2:], widths[2:], strict=True)]
-        text.append("  ".join(["", *words, *figures]).rstrip())
-    return "\n".join([*text, *(f"  {note}" for note in notes)])
-
-
 def measure(
     op: Op,
     kernel: str | Callable,
@@ -174,7 +92,7 @@ def measure(
     """
     options = {"dtype": dtype, "device": gpu(device), "peers": tuple(peers), "seed": seed}
     rows = [measure_case(op, kernel, case, **options) for case in (op.large_cases if cases is None else cases)]
-    return Measurement(f"{op.name}: {kernel_name(kernel)}", tuple(rows))
+    return Measurement(op.name, kernel_name(kernel), tuple(rows))
 
 
 def measure_case(
@@ -205,7 +123,9 @@ def measure_case(
         inputs = _without_poison(op.inputs(**case.sizes, dtype=dtype, device=device, generator=generator))
         entrants = [_own(op, peer, device) for peer in peers]
         count = _count_sets(inputs, cost, roof, device)
-        return Row(case, dtype, cost, roof, *_race(op, implementation, entrants, inputs, cost, roof, count))
+        clock = Clock(device)
+        times = _race(op, implementation, entrants, inputs, cost, roof, count, clock)
+        return Row(case, dtype, cost, roof, *times, clock.range)
 
 
 def _race(
@@ -216,6 +136,7 @@ def _race(
     cost: Cost,
     roof: Roof,
     count: int,
+    clock: Clock,
 ) -> tuple[Timing, dict[str, Timing | str]]:
     """The time of the implementation, and of each peer or why it has none, over `count` argument sets."""
     sets = _ArgumentSets(op, inputs, count)
@@ -229,7 +150,7 @@ def _race(
         else:
             admitted.append((peer, graph))
 
-    ours, *theirs = take_turns([mine, *(graph for _, graph in admitted)])
+    ours, *theirs = take_turns([mine, *(graph for _, graph in admitted)], after_round=clock.read)
     if fault := _too_fast(ours, cost, roof) or _judge(sets, mine):
         raise MeasurementError(fault)
     timings: dict[str, list[Timing]] = {}
@@ -407,9 +328,3 @@ def default_dtype(op: Op) -> torch.dtype:
 
 def kernel_name(kernel: str | Callable) -> str:
     return kernel if isinstance(kernel, str) else getattr(kernel, "__name__", repr(kernel))
-
-
-def _digits(x: float) -> str:
-    """About three significant digits: 0.0123, 7.31, 23.5, 151, 1,234."""
-    size = abs(x)
-    return f"{x:,.0f}" if size >= 100 else f"{x:.1f}" if size >= 10 else f"{x:.2f}" if size >= 1 else f"{x:.3g}"

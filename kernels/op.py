@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .check import Report
-    from .measure import Measurement
+    from .measurement import Measurement
+    from .report import Report
 
 REFERENCE = "reference"
 COMPOSED = "composed"

@@ -39,7 +39,9 @@ def graph_time(calls: Sequence[Callable[[], Any]], *, replays: int = REPLAYS) ->
     return take_turns([CapturedCalls(calls)], replays)[0]
 
 
-def take_turns(graphs: Sequence[CapturedCalls], replays: int = REPLAYS) -> list[Timing]:
+def take_turns(
+    graphs: Sequence[CapturedCalls], replays: int = REPLAYS, after_round: Callable[[], None] = lambda: None
+) -> list[Timing]:
     """The graphs' times, from replays in turns A B C A B C: `replays` of each, fewer of those that take long."""
     shares = [graph.replay(1)[0] * len(graph.calls) * 1e-6 for graph in graphs]
     counts = [max(2, min(replays, int(SECONDS / seconds)) // ROUNDS) for seconds in shares]
@@ -47,7 +49,27 @@ def take_turns(graphs: Sequence[CapturedCalls], replays: int = REPLAYS) -> list[
     for _ in range(ROUNDS):
         for graph, count, taken in zip(graphs, counts, times, strict=True):
             taken += graph.replay(count)
+        after_round()
     return [Timing.of(taken) for taken in times]
+
+
+class Clock:
+    """The clock of a GPU's multiprocessors, read now and again: a GPU that is hot or out of power runs slower."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._megahertz = device, []
+
+    def read(self) -> None:
+        """Over the driver's last sample period. Without the package nvidia-ml-py there is nothing to read."""
+        try:
+            self._megahertz.append(torch.cuda.clock_rate(self._device))
+        except ModuleNotFoundError:
+            return
+
+    @property
+    def range(self) -> tuple[int, int] | None:
+        """MHz, the lowest and the highest that were read; None where none was."""
+        return (min(self._megahertz), max(self._megahertz)) if self._megahertz else None
 
 
 class CapturedCalls:

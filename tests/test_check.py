@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from microvllm.kernels import paged_attention, rms_norm
 from microvllm.kernels.op import Case, Implementation, Op, needs_gpu
 from microvllm.kernels.paged_attention import paged_attention_reference
+from microvllm.kernels.report import Report
 from microvllm.kernels.rms_norm import rms_norm_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -484,6 +487,35 @@ class TestReport:
         assert line.startswith(f"{name}.check(error_raised, [{case!r}], dtypes=[torch.float32]") and "seed=3" in line
         names = {"rms_norm": rms_norm, "paged_attention": paged_attention, "error_raised": error_raised}
         assert str(eval(line, {**names, "Case": Case, "torch": torch})) == str(report)
+
+    def test_in_a_notebook_with_all_text_escaped(self):
+        html = judge(NORM, lambda *inputs: norm(*inputs) * 2, ROWS)._repr_html_()
+        assert "rms_norm, kernel, on cpu: 0 right, 1 wrong" in html and "again: rms_norm.OP.check(kernel, [" in html
+        html = Report("<script>", ()).table().html()
+        assert "&lt;script&gt;" in html and "<script" not in html
+
+    def test_as_json(self, tmp_path):
+        report = judge(NORM, nan_in_one_place, ROWS, dtypes=[HALF, SINGLE])
+        saved = json.loads(report.save(tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
+        assert (saved["kind"], saved["ok"]) == ("check", False) and {"date", "device", "versions"} <= saved.keys()
+        first, second = saved["results"]
+        assert first["sizes"] == {"tokens": 7, "hidden": 100} and (first["dtype"], second["dtype"]) == (
+            "float16",
+            "float32",
+        )
+        assert (
+            first["verdict"] == "NaN" and first["error"] is None and first["reproduce"].startswith("rms_norm.OP.check")
+        )
+
+    def test_as_a_picture(self):
+        wrong = judge(NORM, lambda *inputs: norm(*inputs) * 1.1, ROWS, dtypes=[HALF])
+        right = judge(NORM, norm, ROWS, Case(tokens=0, hidden=8), dtypes=[HALF])
+        broken = judge(NORM, nan_in_one_place, ROWS, dtypes=[HALF])
+        (axes,) = Report("all", wrong.results + right.results + broken.results).plot().axes
+        widths = [bar.get_width() for bar in axes.patches]
+        result = right.results[0]
+        assert widths[0] > 1 > widths[1] == pytest.approx(result.error / result.allowed) and len(widths) == 3
+        assert [text.get_text() for text in axes.texts] == [" NaN"]
 
     def test_a_seed_draws_the_same_inputs_again(self):
         first, same, other = (judge(NORM, norm, ROWS, seed=seed).results[0].error for seed in (1, 1, 2))

@@ -6,6 +6,7 @@ Where a GPU would time, `FakeGraph` stands in: it makes the calls of a replay an
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -16,10 +17,11 @@ from microvllm.bench import kernels as bench
 from microvllm.bench import record
 from microvllm.bench.peers import PEERS
 from microvllm.kernels import measure as module
-from microvllm.kernels.measure import Measurement, MeasurementError, Peer, Row, measure, measure_case
+from microvllm.kernels.measure import MeasurementError, Peer, measure, measure_case
+from microvllm.kernels.measurement import Measurement, Row
 from microvllm.kernels.op import Case, Cost, Implementation, Op
 from microvllm.kernels.roof import Roof
-from microvllm.kernels.timing import Timing, graph_time, take_turns
+from microvllm.kernels.timing import Clock, Timing, graph_time, take_turns
 
 ROOF = Roof(read=4e12, copy=4e12, flops=800e12, launch=1e-6)
 CPU = torch.device("cpu")
@@ -86,7 +88,7 @@ def test_the_table_has_aligned_columns_and_says_what_was_not_timed():
         row(128, timing(250.0, 2.0), cuBLAS="failed: RuntimeError: no", other="not installed (other)"),
         row(4096, "failed: MeasurementError: wrong"),
     )
-    assert str(Measurement("linear: skinny", rows)).splitlines() == [
+    assert str(Measurement("linear", "skinny", rows)).splitlines() == [
         "linear: skinny",
         "  case         dtype       µs    10–90 %  over empty       rate  % of roof      cuBLAS  other",
         "  tokens=1     bfloat16  2.50  2.40–2.60        1.50  1.60 TB/s       40.0  5.00 ×0.50      –",
@@ -95,6 +97,7 @@ def test_the_table_has_aligned_columns_and_says_what_was_not_timed():
         "  other: not installed (other)",
         "  cuBLAS: failed: RuntimeError: no",
         "  tokens=4096: failed: MeasurementError: wrong",
+        "  clock of the multiprocessors: not known (pip install nvidia-ml-py)",
     ]
 
 
@@ -140,6 +143,51 @@ OP = Op(
 )
 
 
+class TestClock:
+    def test_it_is_read_after_each_round_and_shown(self, monkeypatch):
+        read = iter([1980, 1755, 1900, 1980, 1980])
+        monkeypatch.setattr(torch.cuda, "clock_rate", lambda device: next(read))
+        clock = Clock(CPU)
+        graph = SimpleNamespace(calls=[None], replay=lambda times: [10.0] * times)
+        take_turns([graph], after_round=clock.read)
+        assert clock.range == (1755, 1980)
+        measurement = Measurement("linear", "skinny", (replace(row(1, timing(2.5)), clock=clock.range),))
+        assert str(measurement).splitlines()[-1] == "  clock of the multiprocessors: 1755 to 1980 MHz"
+        assert measurement.record()["points"][0]["clock"] == (1755, 1980)
+
+    def test_without_the_package_that_reads_it_it_is_not_known(self, monkeypatch):
+        def missing(device):
+            raise ModuleNotFoundError("nvidia-ml-py")
+
+        monkeypatch.setattr(torch.cuda, "clock_rate", missing)
+        clock = Clock(CPU)
+        clock.read()
+        assert clock.range is None
+
+
+class TestShown:
+    rows = (row(1, timing(2.5, 0.1), a=timing(5.0), b="not installed"), row(8, "failed: <no>"), row(64, timing(30.0)))
+    measurement = Measurement("swiglu", "<lambda>", rows)
+
+    def test_in_a_notebook_with_all_text_escaped(self):
+        html = self.measurement._repr_html_()
+        assert html.count("<tr") == 4 and "failed: &lt;no&gt;" in html and "<lambda>" not in html
+
+    def test_as_json(self, tmp_path):
+        saved = json.loads(self.measurement.save(tmp_path / "m.json").read_text())
+        assert (saved["kind"], saved["operator"], saved["kernel"]) == ("measurement", "swiglu", "<lambda>")
+        assert [point["time"] for point in saved["points"]][1] == "failed: <no>" and saved["device"]
+
+    def test_as_a_picture(self, monkeypatch):
+        (axes,) = self.measurement.plot().axes
+        assert [y for line in axes.lines for y in line.get_ydata() if y == 2.5]
+        with pytest.raises(ValueError, match="nothing was measured"):
+            Measurement("swiglu", "triton", ()).plot()
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(ModuleNotFoundError, match=r"a plot needs matplotlib: pip install micro-vllm\[bench\]"):
+            self.measurement.plot()
+
+
 class FakeGraph:
     """Made of calls, as `CapturedCalls`: a replay makes them, keeps what they return, and takes `microseconds` each."""
 
@@ -165,6 +213,7 @@ def made_up_gpu(monkeypatch):
     monkeypatch.setattr(module, "CapturedCalls", FakeGraph)
     monkeypatch.setattr(module, "_count_sets", lambda *arguments: 3)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda device: 1980)
 
 
 def peer(name, function=scaled_reference, microseconds=20.0, **options):
@@ -371,7 +420,7 @@ def made_up_record(op: Op) -> dict:
         peers = {"fast": timing(1.2 * time), "absent": "not installed", "picky": "no" if i % 3 else timing(2 * time)}
         rows.append(Row(case, torch.bfloat16, cost, ROOF, "failed: no" if i == 1 else timing(time, 0.1), peers))
     about = {"operator": op.name, "kernel": "triton", "dtype": "bfloat16", "roof": asdict(ROOF)}
-    about |= {"device": "made up", "date": "2026-01-01", "commit": "none", "points": [bench.point(row) for row in rows]}
+    about |= {"device": "made up", "date": "2026-01-01", "commit": "none", "points": [row.record() for row in rows]}
     flat = [bench.flat(row, ["fast", "absent", "picky"]) for row in rows]
     assert all(line.keys() == flat[0].keys() for line in flat)
     return json.loads(json.dumps(about | {"rows": flat}))
@@ -392,7 +441,7 @@ def test_a_record_is_drawn_without_a_gpu(op, tmp_path, monkeypatch, capsys):
 
 
 def test_panels_part_the_sizes_and_lone_points_share_one():
-    from microvllm.bench.picture import arrange
+    from microvllm.kernels.measurement_picture import arrange
 
     def point(**sizes):
         return {"sizes": sizes}
