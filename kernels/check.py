@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .op import Case, Implementation, Op, needs_gpu
-from .poison import PoisonedAllocations, bounds_kept, copy_amid_poison, is_poison
+from .poison import PoisonedAllocations, bounds_kept, copy_amid_poison, is_poison, moved_to, poison
 from .report import (
     CHANGED,
     NAN,
@@ -61,7 +61,8 @@ def check(
 
     Every call gets fresh copies of the inputs with their strides, and poison between and around the elements. A case is
     called twice with equal inputs, which must give equal bits whatever is in the memory that the kernel allocates, and
-    once with others, which must not give the first's results. `prepare` is applied to the argument called weight.
+    once with others at the addresses of the first, which must not give the first's results. The reference runs after
+    the kernel, and what it gave is overwritten before the next case. `prepare` is applied to the argument `weight`.
 
     ValueError for a name that `op` does not have, and for an implementation that cannot run on `device`.
     """
@@ -99,26 +100,34 @@ def _check_case(
     if implementation.refuses is not None and (words := implementation.refuses(**inputs)) is not None:
         return Result(case, dtype, refused=words)
     problems: list[Problem] = []
+    # All calls come before the reference's: what it gives is nowhere in memory while the kernel runs.
     try:
-        expected = Expected(op, inputs)
-        got = _call(op, implementation, inputs, problems)
+        memory = _copies(inputs)
+        got = _call(op, implementation, inputs, memory, problems)
         kept = {name: x.clone() for name, x in got.items()}
-        again = _call(op, implementation, inputs, problems, repeated=True)
-        judgements = expected.judge(kept, again)
-        del inputs, again  # they may hold a cache of a gigabyte
-        if not problems and not any(judgement.problems for judgement in judgements):
-            inputs = _inputs(op, case, dtype, device, seed + 1)
-            other = _call(op, implementation, inputs, problems)
-            of_other = Expected(op, inputs).judge(other)
-            if any(j.problems for j in of_other) and not any(j.problems for j in expected.judge(other)):
-                problems.append(Problem(STALE, "a call with other inputs gave the results of the call before it"))
-            else:
-                judgements += of_other
-            for name, x in got.items():
-                if not equal_bits(x, kept[name]).all():
-                    problems.append(Problem(STALE, f"{name} of a call was overwritten by the next"))
+        again = _call(op, implementation, inputs, _copies(inputs, repeated=True), problems, repeated=True)
+        again = {name: x.clone() for name, x in again.items()}
+        others = _inputs(op, case, dtype, device, seed + 1)
+        places = {x.untyped_storage().data_ptr() for x in memory.values()}
+        of_third: list[Problem] = []
+        other = _call(op, implementation, others, _into(memory, others), of_third)
     except _Raised as error:
         return Result(case, dtype, problems=(Problem(RAISED, str(error)),))
+    own = [name for name, x in got.items() if x.untyped_storage().data_ptr() not in places]
+    overwritten = [name for name in own if not equal_bits(got[name], kept[name]).all()]
+    del memory, got
+    expected, of_other = Expected(op, inputs), Expected(op, others)
+    judgements = expected.judge(kept, again)
+    if not problems and not any(judgement.problems for judgement in judgements):
+        judged = of_other.judge(other)
+        if any(j.problems for j in judged) and not any(j.problems for j in expected.judge(other)):
+            problems.append(Problem(STALE, "a call with other inputs gave the results of the call before it"))
+        else:
+            judgements += judged
+        problems += of_third
+        problems += [Problem(STALE, f"{name} of a call was overwritten by the next") for name in overwritten]
+    expected.forget()
+    of_other.forget()
     worst = max(judgements, key=lambda judgement: judgement.ratio, default=_Judgement(0.0, 0.0))
     problems = [problem for judgement in judgements for problem in judgement.problems] + problems
     return Result(case, dtype, worst.error, worst.allowed, tuple(dict.fromkeys(problems)))
@@ -143,12 +152,28 @@ class _Raised(Exception):
     """What a kernel raised, and where."""
 
 
+def _copies(inputs: dict[str, Any], repeated: bool = False) -> dict[str, torch.Tensor]:
+    """Of the tensors among the inputs, amid poison."""
+    return {name: copy_amid_poison(x, repeated) for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+
+
+def _into(memory: dict[str, torch.Tensor], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Copies of the tensors among other inputs where those of a call before lay, if they are as large: a kernel that
+    knows its inputs by their address takes them for the same.
+    """
+    return {name: moved_to(memory.get(name), x) for name, x in _copies(inputs).items()}
+
+
 def _call(
-    op: Op, implementation: Implementation, inputs: dict[str, Any], problems: list[Problem], repeated: bool = False
+    op: Op,
+    implementation: Implementation,
+    inputs: dict[str, Any],
+    copies: dict[str, torch.Tensor],
+    problems: list[Problem],
+    repeated: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """What a kernel gives for fresh copies of the inputs; what it did to other memory is added to the problems."""
-    tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
-    copies = {name: copy_amid_poison(x, repeated) for name, x in tensors.items()}
+    """What a kernel gives for copies of the inputs; what it did to other memory is added to the problems."""
+    tensors = {name: inputs[name] for name in copies}
     arguments = inputs | copies
     allocations = PoisonedAllocations(repeated)
     try:
@@ -173,7 +198,7 @@ def _call(
 
 
 class Expected:
-    """What a call must give."""
+    """What a call must give. It is computed when the kernel has run, and forgotten before the next kernel runs."""
 
     def __init__(self, op: Op, inputs: dict[str, Any]):
         self.truth = _apply(op, op.reference, {name: _copy(x, torch.float64) for name, x in inputs.items()})
@@ -188,6 +213,12 @@ class Expected:
             _judge(name, x, None if again is None else again[name], self.truth[name], self.yardstick[name])
             for name, x in got.items()
         ]
+
+    def forget(self) -> None:
+        """Overwrites what must be given, which freed memory would still hold."""
+        for x in (*self.truth.values(), *self.yardstick.values()):
+            if x.numel():
+                x.fill_(poison(x.dtype, repeated=False))
 
 
 def _copy(x: Any, floating: torch.dtype | None = None) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ import torch
 from .check import Expected, check, equal_bits
 from .measurement import Measurement, Row
 from .op import Case, Cost, Implementation, Op
-from .poison import poison
+from .poison import once, poison
 from .report import dtype_name
 from .roof import Roof, measure_roof
 from .timing import CapturedCalls, Clock, Timing, gpu, take_turns
@@ -119,12 +120,14 @@ def measure_case(
             return Row(case, dtype, cost, roof, f"refused: {report.results[0].refused}")
         if not report.ok:
             raise MeasurementError(f"wrong, so it was not timed\n{report}")
-        generator = torch.Generator(device).manual_seed(seed)
-        inputs = _without_poison(op.inputs(**case.sizes, dtype=dtype, device=device, generator=generator))
+        inputs, *others = (
+            _without_poison(op.inputs(**case.sizes, dtype=dtype, device=device, generator=generator))
+            for generator in (torch.Generator(device).manual_seed(seed + i) for i in range(3))
+        )
         entrants = [_own(op, peer, device) for peer in peers]
         count = _count_sets(inputs, cost, roof, device)
         clock = Clock(device)
-        times = _race(op, implementation, entrants, inputs, cost, roof, count, clock)
+        times = _race(op, implementation, entrants, inputs, others, cost, roof, count, clock)
         return Row(case, dtype, cost, roof, *times, clock.range)
 
 
@@ -133,14 +136,19 @@ def _race(
     implementation: Implementation,
     peers: Sequence[Peer],
     inputs: dict[str, Any],
+    others: Sequence[dict[str, Any]],
     cost: Cost,
     roof: Roof,
     count: int,
     clock: Clock,
 ) -> tuple[Timing, dict[str, Timing | str]]:
-    """The time of the implementation, and of each peer or why it has none, over `count` argument sets."""
+    """The time of the implementation, and of each peer or why it has none, over `count` argument sets.
+
+    others: two more inputs of the case, which the graph is judged with when all is timed
+    """
     sets = _ArgumentSets(op, inputs, count)
-    mine = CapturedCalls([_bind(op, implementation, arguments) for arguments in sets.sets])
+    prepared = [_prepared(implementation, arguments) for arguments in sets.sets]
+    mine = CapturedCalls([partial(implementation.function, *_arguments(op, arguments)) for arguments in prepared])
     words: dict[str, list[str]] = {peer.name: [] for peer in peers}
     admitted: list[tuple[Peer, CapturedCalls]] = []
     for peer in peers:
@@ -163,6 +171,8 @@ def _race(
             timings.setdefault(peer.name, []).append(timing)
         else:
             words[peer.name].append(fault)
+    if fault := _judge_renewed(sets, mine, implementation, prepared, others):
+        raise MeasurementError(fault)
     return ours, {
         name: min(timings[name], key=lambda timing: timing.median)
         if name in timings
@@ -185,6 +195,8 @@ def _admit(peer: Peer, sets: _ArgumentSets) -> CapturedCalls | str:
 
 def _judge(sets: _ArgumentSets, graph: CapturedCalls) -> str | None:
     """What is wrong with the results of the graph's calls, in words."""
+    if shared := sets.shared(graph):
+        return shared
     sets.replay_on_poison(graph)
     got = [sets.results(returned, i) for i, returned in enumerate(graph.outputs)]
     for judgement in Expected(sets.op, sets.inputs).judge(got[0]):
@@ -197,11 +209,43 @@ def _judge(sets: _ArgumentSets, graph: CapturedCalls) -> str | None:
     return None
 
 
+def _judge_renewed(
+    sets: _ArgumentSets,
+    graph: CapturedCalls,
+    implementation: Implementation,
+    prepared: Sequence[dict[str, Any]],
+    others: Sequence[dict[str, Any]],
+) -> str | None:
+    """What is wrong with the results once every call's arguments hold other numbers, in words.
+
+    Which of the two each call gets is drawn, so that none can do with the result of another or of an earlier one. The
+    integers stay: a launch may depend on them.
+    """
+    which = [random.randrange(2) for _ in prepared]
+    which[:2] = [0, 1][: len(which)]
+    renewed = [sets.renew(i, others[k]) for i, k in enumerate(which)]
+    if implementation.prepare is not None:
+        for arguments, inputs in zip(prepared, renewed, strict=True):
+            arguments["weight"].copy_(implementation.prepare(inputs["weight"]))
+    sets.replay_on_poison(graph)
+    got = [sets.results(returned, i) for i, returned in enumerate(graph.outputs)]
+    for first in sorted(set(which)):
+        for judgement in Expected(sets.op, renewed[first]).judge(got[first]):
+            for problem in judgement.problems:
+                return f"what was timed is wrong for other inputs: {problem.name}: {problem.where}"
+    for i, k in enumerate(which):
+        for name, x in got[i].items():
+            if not equal_bits(x, got[k][name]).all():
+                return f"call {i} of the timed graph gave another {name} than call {k} for equal inputs"
+    return None
+
+
 class _ArgumentSets:
     """Copies of the inputs of one case, each for one call of a graph.
 
     inputs:    the inputs, which no call gets
     expected:  what the reference makes of them
+    first:     what each set held at first, or since it was renewed
     """
 
     def __init__(self, op: Op, inputs: dict[str, Any], count: int):
@@ -209,6 +253,7 @@ class _ArgumentSets:
         self.inputs = inputs
         # A deep copy keeps strides, offsets and what shares memory: q, k and v of one product stay parts of one tensor.
         self.sets = [copy.deepcopy(inputs) for _ in range(count)]
+        self.first = [inputs] * count
         self.expected = self.results(op.reference(*_arguments(op, self.sets[-1])), -1)
         self.expected = {name: x.clone() for name, x in self.expected.items()}
         self.restore()
@@ -220,11 +265,37 @@ class _ArgumentSets:
         named |= {name: self.sets[i][name] for name in self.op.mutates}
         return {name: x for name, x in named.items() if isinstance(x, torch.Tensor)}
 
+    def renew(self, i: int, others: dict[str, Any]) -> dict[str, Any]:
+        """Writes the floating-point numbers of other inputs into set i, in place, where they are as many → its inputs
+        from now on.
+        """
+        fits = {
+            name: x
+            for name, x in others.items()
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape == self.inputs[name].shape
+        }
+        for name, x in fits.items():
+            once(self.sets[i][name]).copy_(once(x))
+        self.first[i] = self.inputs | fits
+        return self.first[i]
+
     def restore(self) -> None:
         """Gives the arguments that calls mutate their first values."""
-        for arguments in self.sets:
+        for arguments, first in zip(self.sets, self.first, strict=True):
             for name in self.op.mutates:
-                arguments[name].copy_(self.inputs[name])
+                arguments[name].copy_(first[name])
+
+    def shared(self, graph: CapturedCalls) -> str | None:
+        """Which calls returned one piece of memory, in words; a call may return an argument of its own."""
+        owner: dict[int, int] = {}
+        for i, returned in enumerate(graph.outputs):
+            mine = {_storage(x) for x in _tensors(self.sets[i].values())}
+            for x in _tensors([returned]):
+                if x.numel() and _storage(x) not in mine and owner.setdefault(_storage(x), i) != i:
+                    return (
+                        f"call {i} of the timed graph returned what call {owner[_storage(x)]} did, and computed nothing"
+                    )
+        return None
 
     def replay_on_poison(self, graph: CapturedCalls) -> None:
         """Replays a graph as if for the first time: mutated arguments restored, what it returned overwritten."""
@@ -269,16 +340,16 @@ def _own(op: Op, peer: str | Peer, device: torch.device) -> Peer:
     implementation = op.choose(peer)
     return Peer(
         peer,
-        lambda **inputs: _bind(op, implementation, inputs),
+        lambda **inputs: partial(implementation.function, *_arguments(op, _prepared(implementation, inputs))),
         lambda: implementation.unavailable(device),
         implementation.refuses or _takes_all,
     )
 
 
-def _bind(op: Op, implementation: Implementation, inputs: dict[str, Any]) -> Callable[[], Any]:
-    if implementation.prepare is not None:
-        inputs = inputs | {"weight": implementation.prepare(inputs["weight"])}
-    return partial(implementation.function, *_arguments(op, inputs))
+def _prepared(implementation: Implementation, inputs: dict[str, Any]) -> dict[str, Any]:
+    if implementation.prepare is None:
+        return inputs
+    return inputs | {"weight": implementation.prepare(inputs["weight"])}
 
 
 def _arguments(op: Op, inputs: dict[str, Any]) -> tuple[Any, ...]:

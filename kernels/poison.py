@@ -38,8 +38,17 @@ def copy_amid_poison(x: torch.Tensor, repeated: bool) -> torch.Tensor:
     if x.numel() == 0:
         return x.clone()
     copy = poisoned_like(x, repeated)
-    _once(copy).copy_(_once(x))
+    once(copy).copy_(once(x))
     return copy
+
+
+def moved_to(place: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """x, which is from `copy_amid_poison`, at the place of a copy from there, if that is as large; else where it is."""
+    same = place is not None and place.dtype == x.dtype and place.stride() == x.stride() and place.shape == x.shape
+    if not same or place.storage_offset() != x.storage_offset() or x.numel() == 0:
+        return x
+    _memory(place).copy_(_memory(x))
+    return place
 
 
 def bounds_kept(x: torch.Tensor, repeated: bool) -> bool:
@@ -73,7 +82,7 @@ class PoisonedAllocations(TorchDispatchMode):
         return self.allocated[-1]
 
 
-def _once(x: torch.Tensor) -> torch.Tensor:
+def once(x: torch.Tensor) -> torch.Tensor:
     """x with each dimension that repeats the same memory, an expanded one, cut to one repetition."""
     for dim, stride in enumerate(x.stride()):
         x = x.narrow(dim, 0, 1) if stride == 0 else x

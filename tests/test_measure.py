@@ -264,6 +264,38 @@ class TestMeasure:
         with pytest.raises(MeasurementError, match=f"what was timed is wrong: {words}"):
             self.one()
 
+    @pytest.mark.parametrize("cheat", ["the call before", "the first inputs", "the reference's output"])
+    def test_a_graph_that_only_copies_a_result_is_found_out(self, monkeypatch, cheat):
+        """Right in every check, and in the graph for the inputs that it was captured with."""
+
+        class Copying(FakeGraph):
+            def __init__(self, calls):
+                super().__init__(calls)
+                self.known = [y.clone() for y in self.outputs]
+
+            def replay(self, times=1):
+                super().replay(times)
+                for i, y in enumerate(self.outputs):
+                    if cheat == "the call before" and i > 0:
+                        y.copy_(self.outputs[i - 1])
+                    elif cheat != "the call before":
+                        y.copy_(self.known[i])
+                return self.made[:1] * times
+
+        monkeypatch.setattr(module, "CapturedCalls", Copying)
+        with pytest.raises(MeasurementError, match="what was timed is wrong for other inputs: wrong values"):
+            self.one()
+
+    def test_calls_that_return_one_piece_of_memory_are_found_out(self, monkeypatch):
+        class Shared(FakeGraph):
+            def __init__(self, calls):
+                super().__init__(calls)
+                self.outputs[2] = self.outputs[1]
+
+        monkeypatch.setattr(module, "CapturedCalls", Shared)
+        with pytest.raises(MeasurementError, match="call 2 of the timed graph returned what call 1 did"):
+            self.one()
+
     def test_calls_of_a_graph_must_agree(self, monkeypatch):
         class Disagreeing(FakeGraph):
             def replay(self, times=1):
