@@ -261,6 +261,13 @@ def _vllm_rms_norm(*, x, weight, eps):
     return run
 
 
+def _liger_rms_norm(*, x, weight, eps):
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    # The weight's offset, the casts of Llama's norm, and a result of its own.
+    return partial(LigerRMSNormFunction.apply, x, weight, eps, 0.0, "llama", False)
+
+
 def _vllm_add_rms_norm(*, x, residual, weight, eps):
     from vllm import _custom_ops as ops
 
@@ -398,7 +405,11 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "linear_swiglu": (_unfused(linear_swiglu.OP), Peer("cuBLAS, swiglu", _cublas_swiglu)),
     "norm_gate_up_swiglu": (_unfused(norm_gate_up_swiglu.OP),),
     "linear_add": (_unfused(linear_add.OP), Peer("cuBLAS", _cublas_add)),
-    "rms_norm": (Peer("vLLM", _vllm_rms_norm, _VLLM), _compiled_reference(rms_norm.OP)),
+    "rms_norm": (
+        Peer("vLLM", _vllm_rms_norm, _VLLM),
+        Peer("Liger", _liger_rms_norm, _installed("liger_kernel")),
+        _compiled_reference(rms_norm.OP),
+    ),
     "add_rms_norm": (
         Peer("vLLM", _vllm_add_rms_norm, _VLLM, in_place=True),
         _compiled_reference(rms_norm.ADD_OP),

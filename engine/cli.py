@@ -7,8 +7,6 @@ import importlib.util
 import signal
 import sys
 
-from ..kernels.kernel_set import OPS
-from ..kernels.op import REFERENCE
 from ..model.checkpoint import open_checkpoint
 from ..model.loader import num_parameters
 from ..model.sampling_params import SamplingParams
@@ -24,12 +22,14 @@ from .cli_options import (
 )
 from .config import EngineConfig
 from .engine import InferenceEngine
+from .lab.cli import add_kernels_command
 from .outputs import RequestOutput
 from .prompt import Prompt
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
     try:
         return options.run(options)
     except ValueError as error:
@@ -79,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser(
         "info",
-        help="what a model is, what memory it takes and what would run where",
-        description="Says what a model is, what memory it takes and what would run where, without loading its weights.",
+        help="what a model is and what memory it takes",
+        description="Says what a model is and what memory it takes, without loading its weights.",
     )
     info.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     info.add_argument(
@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_device_options(info)
     info.set_defaults(run=_info)
+
+    add_kernels_command(commands)
     return parser
 
 
@@ -217,11 +219,8 @@ def _info(options: argparse.Namespace) -> int:
     }
     for name, text in rows.items():
         print(f"{name:<14}{text}")
-    print("kernels")
-    width = max(map(len, OPS)) + 2
-    for op in OPS.values():
-        chosen = op.default(device)
-        others = [name for name in (*op.implementations, REFERENCE) if name != chosen]
-        reasons = [f"{name}: {op.unavailable(name, device) or 'available'}" for name in others]
-        print(f"  {op.name:<{width}}{chosen:<14}{'; '.join(reasons)}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

