@@ -13,6 +13,7 @@ import openai
 import pytest
 from microvllm import InferenceEngine
 
+from ..documents import marked
 from .served_process import ServedProcess
 
 README = Path(__file__).parents[2] / "README.md"
@@ -323,7 +324,7 @@ class TestErrors:
 
 
 def test_the_readmes_example_runs(server, capsys):
-    (block,) = re.findall(r"```python\n(from openai.*?)```", README.read_text(), re.DOTALL)
+    block = marked(README, "python server", "openai")
     here = {"http://127.0.0.1:8000": server.url, '"none"': '"sesame"', '"smollm2"': f'"{MODEL}"'}
     for there, ours in here.items():
         assert there in block

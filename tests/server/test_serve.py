@@ -19,6 +19,7 @@ import httpx
 import pytest
 from microvllm.engine.cli import main
 
+from ..documents import marked
 from .served_process import COMMAND, ServedProcess
 
 FLAGS = ["--max-num-seqs", "4", "--block-size", "16", "--device", "cpu", "--quiet"]
@@ -286,8 +287,7 @@ def test_prompts_are_not_logged(plain):
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_readmes_curl_commands_run(plain):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (block,) = re.findall(r"```sh\n(curl.*?)```", readme, re.DOTALL)
+    block = marked(Path(__file__).parents[2] / "README.md", "sh server", "curl")
     commands = block.replace("http://127.0.0.1:8000", plain.url).replace("curl ", "curl --silent --fail ")
     answers = subprocess.run(["bash", "-ec", commands], capture_output=True, text=True, check=True).stdout
     chat, several, one, stream = re.split(r"(?<=\[DONE\]\n\n)|(?<=\})(?=\{)|(?<=\})(?=data)", answers, maxsplit=3)
