@@ -56,11 +56,12 @@ class Profiler:
     """An engine of ours, watched.
 
     roof:     what its GPU does at best; None on a CPU
+    kernels:  what computes each operator; None takes the preferred kernels of the device
     options:  fields of EngineConfig
     """
 
-    def __init__(self, model: Model, roof: Roof | None = None, **options: Any):
-        self._watched = WatchedKernels(KernelSet.default())
+    def __init__(self, model: Model, roof: Roof | None = None, *, kernels: KernelSet | None = None, **options: Any):
+        self._watched = WatchedKernels(kernels or KernelSet.default())
         self.engine, self.roof = our_engine(model, kernels=self._watched.kernels, **options), roof
         self._clock = HostClock(self.engine)
         self._attribution: Attribution | None = None

@@ -307,6 +307,17 @@ class TestProfiler:
         assert OUTSIDE in found and UNKNOWN not in found and GAPS not in found
         assert profile.sum == pytest.approx(profile.step, rel=0.5)  # steps of a millisecond beside other tests
 
+    def test_with_other_kernels(self, model):
+        seen = []
+
+        def watched_swiglu(gate_up):
+            seen.append(len(gate_up))
+            return OPS["swiglu"].reference(gate_up)
+
+        ours = Profiler(model, kernels=KernelSet.default().replace(swiglu=watched_swiglu))
+        found = {line.name: line for line in ours.profile(self.WORKLOAD, VOCAB_SIZE, self.BLOCKS).lines}
+        assert found["swiglu"].calls == 2 and seen.count(2) > 2 * self.BLOCKS.all_steps
+
     def test_its_parts_are_the_step(self, model):
         profiler = Profiler(model)
         decode = SteadyDecode(profiler.engine, profiler._clock, self.WORKLOAD, VOCAB_SIZE, 8)
