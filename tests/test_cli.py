@@ -111,7 +111,7 @@ class TestBadOptions:
                 "operator linear has no implementation 'fast'; it has: onednn, skinny, reference",
             ),
             (["--kernel", "norm=reference"], f"there is no operator 'norm'; there are: {', '.join(OPS)}"),
-            (["--kernel", "linear"], "--kernel linear must read OP=NAME"),
+            (["--kernel", "linear"], "--kernel linear must read OP=NAME or OP=FILE.py:FUNCTION"),
             (["--device", "tpu"], "device='tpu' must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
             (["--max-model-len", "129"], "max_model_len=129 must be at most the model's 128"),
         ],
