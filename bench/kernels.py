@@ -7,7 +7,6 @@ bench/results. A case that fails is shown as failed, and then the exit code is 1
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
 import traceback
@@ -118,7 +117,6 @@ def bench(op: Op, kernel: str, dtype: torch.dtype, peers: tuple[Peer, ...]) -> l
     rows = []
     for i, case in enumerate(op.large_cases, 1):
         rows.append(measured(op, kernel, case, dtype, peers))
-        gc.collect()  # what peers leave in cycles holds memory of the GPU, and 80 GB were full of it
         print(f"[{i}/{len(op.large_cases)}] {op.name} {case}: {in_short(rows[-1])}", flush=True)
     measurement = Measurement(op.name, kernel, tuple(rows))
     print(f"\n{time.perf_counter() - start:.0f} s\n{measurement}\n", flush=True)
