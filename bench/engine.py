@@ -131,10 +131,7 @@ def save(name: str, model: Model, rows: list[dict[str, Any]], options: argparse.
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="a folder, a .gguf file, a known name or a hub name; default: smollm2, or on a GPU Qwen2-7B's "
-        "shape for all but --requests")  # fmt: skip
-    add("--load-format", choices=LOAD_FORMATS, help="dummy: small random weights; default for bench/shapes")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="default: what the engine takes")
+    add_model_options(parser)
     add("--peer", choices=PEERS, help="measured in the same run, in turns A B A B")
     add("--cases", nargs="*", metavar="NAME", help=f"default on a GPU with --peer vllm: {' '.join(WORKLOADS)}")
     add("--requests", type=int, nargs="+", help="batch sizes, instead of --cases; default: 1 8, or 1 35 with "
@@ -183,6 +180,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return options
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What `Model.open` takes."""
+    add = parser.add_argument
+    add("--model", help="a folder, a .gguf file, a known name or a hub name; default: smollm2, or on a GPU Qwen2-7B's "
+        "shape for all but --requests")  # fmt: skip
+    add("--load-format", choices=LOAD_FORMATS, help="dummy: small random weights; default for bench/shapes")
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help="default: what our engine takes")
 
 
 def default_load_format(model: str) -> str:

@@ -23,12 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from microvllm.engine.config import DTYPES
-from microvllm.model.checkpoint import LOAD_FORMATS
 
 from . import engine_picture, picture, record, servers
 from .client import Endpoint, Load, complete
-from .engine import SHAPES, default_load_format, workloads
+from .engine import SHAPES, add_model_options, default_load_format, workloads
 from .engines import OURS, Model, Ours, share_beside
 from .serving_metrics import GOODPUT, metrics
 from .serving_tables import Comparison, latency_rows, point, rows
@@ -155,10 +153,7 @@ def save(model: Model, shown: list[dict[str, Any]], points: list[dict[str, Any]]
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="a folder, a .gguf file, a known name or a hub name; default: smollm2, or on a GPU Qwen2-7B's "
-        "shape for all but --requests")  # fmt: skip
-    add("--load-format", choices=LOAD_FORMATS, help="dummy: small random weights; default for bench/shapes")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="default: what our engine takes")
+    add_model_options(parser)
     add("--peer", choices=("vllm",), help="served in the same run, in turns A B A B")
     add("--offline", action="store_true", help="our engine without a server too, and the share of it that HTTP leaves")
     add("--base-url", metavar="URL", help="a server that runs already, as http://127.0.0.1:8000, instead of ours; its "

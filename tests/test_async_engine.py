@@ -12,6 +12,7 @@ from microvllm.engine.async_engine import MOST_EVENTS, AsyncEngine, DeadError, D
 from microvllm.engine.snapshot import EngineSnapshot
 
 from .small_models import Shape, make_model
+from .stalls import Stalls
 from .test_engine import assert_at_rest, ids, save_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,19 +111,11 @@ def test_the_event_loop_does_not_wait_for_a_step_or_for_a_prompt_to_be_encoded(e
     engine.encode = slow_encode
 
     async def work(running):
-        longest = 0.0
-
-        async def tick():
-            nonlocal longest
-            while True:
-                before = time.monotonic()
-                await asyncio.sleep(0.001)
-                longest = max(longest, time.monotonic() - before)
-
-        ticking = asyncio.create_task(tick())
+        stalls = Stalls()
+        watching = asyncio.create_task(stalls.watch())
         await read(await running.submit(["hello"], [SamplingParams(max_tokens=3)]))
-        ticking.cancel()
-        return longest
+        watching.cancel()
+        return stalls.longest
 
     assert run(engine, work) < 0.3 and len(steps) == 3
 

@@ -17,6 +17,7 @@ import pytest
 from microvllm.engine.outputs import RequestOutput
 from microvllm.engine.server import events
 
+from ..stalls import Stalls
 from .small_server import SmallServer, send, serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -201,21 +202,13 @@ def test_the_event_loop_waits_for_nobody(make_engine):
     engine.encode = slow_encode
     with serving(engine) as server, ThreadPoolExecutor(len(ROUTES)) as pool:
         server.slow_down(0.3)
-        longest = 0.0
-
-        async def tick():
-            nonlocal longest
-            while True:
-                before = time.monotonic()
-                await asyncio.sleep(0.001)
-                longest = max(longest, time.monotonic() - before)
-
-        ticking = asyncio.run_coroutine_threadsafe(tick(), server.running._loop)
+        stalls = Stalls()
+        watching = asyncio.run_coroutine_threadsafe(stalls.watch(), server.running._loop)
         answers = [pool.submit(server.post, path, body | {"max_tokens": 2}) for path, body in ROUTES.items()]
         assert [answer.result().status_code for answer in answers] == [200] * len(ROUTES)
         assert server.post("/tokenize", {"prompt": "a"}).json()["count"] == 1
-        ticking.cancel()
-        assert 0 < longest < 0.25
+        watching.cancel()
+        assert 0 < stalls.longest < 0.25
 
 
 class TestDeath:
