@@ -85,6 +85,7 @@ class CapturedCalls:
             for call in calls:  # compiles what is to be compiled, and makes what a library makes once for a stream
                 call()
             stream.synchronize()
+            _make_room(stream.device)
             # Not torch.cuda.graph, which collects garbage and empties the allocator's cache: that takes the longest.
             self.graph.capture_begin()
             try:
@@ -110,6 +111,13 @@ def gpu(device: str | torch.device | None) -> torch.device:
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ValueError("timing needs a GPU")
     return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+
+
+def _make_room(device: torch.device) -> None:
+    """Frees what the allocator keeps of earlier graphs, if that is much: during a capture it could not."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if kept > torch.cuda.get_device_properties(device).total_memory // 8:
+        torch.cuda.empty_cache()
 
 
 @cache
