@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import jsonschema
-from microvllm import InferenceEngine, SamplingParams
+from microvllm import InferenceEngine, KernelSet, SamplingParams
 
 from ..test_engine import assert_at_rest
 
@@ -36,10 +36,10 @@ def test_they_are_those_of_an_eager_engine_in_step():
         for i in range(20)
     ]
     texts = []
-    for options in ({}, {"enforce_eager": True, "async_scheduling": False}):
-        engine = InferenceEngine(
-            "smollm2", device="cuda", dtype="float32", num_blocks=200, max_model_len=512, progress=False, **options
-        )
+    kernels = KernelSet.default("cuda").replace(prefill_attention="triton")  # flash-attn does not take float32
+    options = {"kernels": kernels, "device": "cuda", "dtype": "float32", "num_blocks": 200, "max_model_len": 512}
+    for mode in ({}, {"enforce_eager": True, "async_scheduling": False}):
+        engine = InferenceEngine("smollm2", progress=False, **options, **mode)
         outputs = engine.generate([CHAT] * len(params), params)
         assert_at_rest(engine)
         for output, p in zip(outputs, params, strict=True):

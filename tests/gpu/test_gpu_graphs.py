@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from microvllm import InferenceEngine, SamplingParams
+from microvllm import InferenceEngine, KernelSet, SamplingParams
 from microvllm.engine.chunk_rows import chunk_tensors
 from microvllm.engine.model_graph import PREFILL_CHUNKS, PREFILL_TOKENS
 
@@ -21,6 +21,8 @@ OPTIONS |= {"enable_prefix_caching": False}  # a cached prefix is rounded otherw
 
 
 def make_engine(**options) -> InferenceEngine:
+    if "block_size" in options:  # that of flash-attn, which is the default where it is installed, is 256
+        options["kernels"] = KernelSet.default("cuda").replace(prefill_attention="triton")
     return InferenceEngine(HALF_B, **OPTIONS | {"max_batch_size": 40} | options)
 
 
