@@ -80,7 +80,7 @@ class Table:
 
 
 class Finding(ABC):
-    """A result of the lab; `print` shows its table."""
+    """A result of the lab; Python shows its table, and so does a notebook."""
 
     kind: str
     """What the JSON is called: "check", "measurement", "comparison"."""
@@ -96,7 +96,7 @@ class Finding(ABC):
     def plot(self) -> Any:
         """A matplotlib Figure, which a notebook shows. ModuleNotFoundError without matplotlib."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return str(self.table())
 
     def _repr_html_(self) -> str:

@@ -76,7 +76,7 @@ class Row:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measurement(Finding):
     """The times of a kernel; `print(measurement)` shows them as a table. A peer's column has its µs and, after ×, our
     time over its time; what was not timed and why stands below, in words.

@@ -68,7 +68,7 @@ class Result:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(Finding):
     """The verdicts on a kernel. Its text is a table and, below it, the places where the kernel is wrong."""
 

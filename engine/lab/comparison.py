@@ -68,7 +68,7 @@ class Spread:
         return f"{self.median:.3g} ms ({self.low:.3g} to {self.high:.3g})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Finding):
     """Two sets of kernels, a and b, in one model. `ok` is the verdict on b, with a taken for right.
 
@@ -187,11 +187,12 @@ class Comparison(Finding):
             axes.set_yscale("log")
         axes.set_xlabel("token of the text (dot: the first that differs)", fontsize=8)
         axes.set_ylabel("largest logit error", fontsize=8)
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
         if rest:
             (times,) = rest
             times.plot(self.ms_a, "o-", color="#4361ee", label="a")
             times.plot(self.ms_b, "o-", color=GOOD, label="b")
+            times.set_xticks(range(len(self.ms_a)))
             times.set_xlabel("turn", fontsize=8)
             times.set_ylabel("ms a token", fontsize=8)
             times.legend(fontsize=7, frameon=False)
