@@ -10,10 +10,12 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..kernels.kernel_set import KernelSet
@@ -92,7 +94,8 @@ class InferenceEngine:
         if self.tokenizer is not None:
             self._eos_token_ids |= self.tokenizer.eos_token_ids
         self.grammars = Grammars(self.tokenizer, self._eos_token_ids, self.model_config.vocab_size)
-        self._assemble(model)
+        with self._its_gpu():
+            self._assemble(model)
         if config.progress:
             gib = num_parameters(model.config) * dtype.itemsize / 2**30
             num_blocks = self.cache_manager.num_blocks
@@ -114,8 +117,13 @@ class InferenceEngine:
         other.kernels = kernels
         if enforce_eager is not None:
             other.config = replace(self.config, enforce_eager=enforce_eager)
-        other._assemble(self.runner.model.with_kernels(kernels))
+        with self._its_gpu():
+            other._assemble(self.runner.model.with_kernels(kernels))
         return other
+
+    def _its_gpu(self) -> AbstractContextManager:
+        """Makes the engine's GPU the current one, on which Triton launches; nothing on a CPU."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _assemble(self, model: Qwen2) -> None:
         """All that an engine has of its own around the weights."""
@@ -304,6 +312,10 @@ class InferenceEngine:
         return Request(prompt, seq, self.tokenizer and Detokenizer(self.tokenizer, params.stop), outbox)
 
     def _step(self) -> None:
+        with self._its_gpu():
+            self._compute()
+
+    def _compute(self) -> None:
         """Launches the next step. Then its tokens are taken in, or, a step behind, those of the step before, so that
         the device never waits for the host to have read them.
         """

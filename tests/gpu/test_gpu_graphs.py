@@ -147,3 +147,14 @@ def test_logits_that_are_no_numbers_end_a_request_and_nothing_else(graphs):
     embedding[token] = kept
     assert output.finish_reason == "error"
     assert graphs.generate([prompt], asked(0, max_tokens=8))[0].token_ids == healthy
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_an_engine_on_another_gpu_than_the_current_one_computes_there(enforce_eager):
+    texts = []
+    for device in ("cuda:0", "cuda:1"):
+        engine = make_engine(device=device, enforce_eager=enforce_eager)
+        texts.append(engine_outputs(engine, prompts(8)))
+        assert engine.runner.device == torch.device(device) and torch.cuda.current_device() == 0
+    assert texts[0] == texts[1]
