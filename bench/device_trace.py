@@ -60,7 +60,7 @@ class Marks:
 def trace(run: Callable[[], Any]) -> list[Event]:
     """What the GPU does for `run`, by start. Python's operators are not traced: that would slow the host."""
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         run()
         torch.cuda.synchronize()
     times = [(e.time_range, e.name) for e in profiler.events() if e.device_type == DeviceType.CUDA]
