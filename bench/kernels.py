@@ -74,7 +74,7 @@ def flat(row: Row, peers: list[str]) -> dict[str, Any]:
 def group_of(op: str, case: Case) -> str:
     """Which cases of an operator are summed up together."""
     sizes = case.sizes
-    if op in ("linear", "linear_add"):
+    if op in ("linear", "linear_add", "linear_add_norm"):
         return f"rows={sizes['rows']}, " + ("the head" if sizes["outputs"] > 1 << 16 else "in a layer")
     if op == "paged_attention":
         shape = (key for key in ("heads", "kv_heads", "head_dim", "block_size", "float8") if key in sizes)

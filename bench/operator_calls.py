@@ -106,6 +106,10 @@ def _linear_add(x: torch.Tensor, weight: torch.Tensor, **rest: Any) -> Sizes:
     return [{"rows": len(x), "outputs": weight.shape[0], "inputs": weight.shape[1]}]
 
 
+def _linear_add_norm(norm_weight: torch.Tensor | None, **call: Any) -> Sizes:
+    return [sizes | {"norm": norm_weight is not None} for sizes in _linear_add(**call)]
+
+
 def _rotary_store_kv(q: torch.Tensor, k: torch.Tensor, k_cache: torch.Tensor, **rest: Any) -> Sizes:
     tokens, heads, head_dim = q.shape
     shape = {"heads": heads, "kv_heads": k.shape[1], "head_dim": head_dim, "block_size": k_cache.shape[1]}
@@ -142,6 +146,7 @@ SIZES: Mapping[str, Callable[..., Sizes]] = {
     "linear_swiglu": _linear_swiglu,
     "norm_gate_up_swiglu": _linear_swiglu,
     "linear_add": _linear_add,
+    "linear_add_norm": _linear_add_norm,
     "rotary_store_kv": _rotary_store_kv,
     "paged_attention": _paged_attention,
     "swiglu": _swiglu,

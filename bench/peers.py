@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from microvllm.kernels import (
     append_attention,
     linear_add,
+    linear_add_norm,
     linear_swiglu,
     norm_gate_up_swiglu,
     norm_linear,
@@ -340,6 +341,14 @@ def _cublas_add(*, x, weight, residual):
     return partial(torch.addmm, residual, x, weight.t())
 
 
+def _cublas_add_norm(*, x, weight, residual, norm_weight, eps):
+    def call():
+        y = torch.addmm(residual, x, weight.t())
+        return y, rms_norm.rms_norm(y, norm_weight, eps)
+
+    return call
+
+
 # The draw of a token.
 
 
@@ -405,6 +414,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "linear_swiglu": (_unfused(linear_swiglu.OP), Peer("cuBLAS, swiglu", _cublas_swiglu)),
     "norm_gate_up_swiglu": (_unfused(norm_gate_up_swiglu.OP),),
     "linear_add": (_unfused(linear_add.OP), Peer("cuBLAS", _cublas_add)),
+    "linear_add_norm": (_unfused(linear_add_norm.OP), Peer("cuBLAS, rms_norm", _cublas_add_norm)),
     "rms_norm": (
         Peer("vLLM", _vllm_rms_norm, _VLLM),
         Peer("Liger", _liger_rms_norm, _installed("liger_kernel")),

@@ -14,6 +14,7 @@ from . import (
     append_attention,
     linear,
     linear_add,
+    linear_add_norm,
     linear_swiglu,
     norm_gate_up_swiglu,
     norm_linear,
@@ -47,6 +48,7 @@ OPS: Mapping[str, Op] = _by_name(
         linear_swiglu.OP,
         norm_gate_up_swiglu.OP,
         linear_add.OP,
+        linear_add_norm.OP,
         advance_decode.OP,
     )
 )
@@ -56,7 +58,7 @@ STANDALONE: Mapping[str, Op] = _by_name((rotary.OP, append_attention.OP, rms_nor
 """Operators that no engine runs: parts and comparisons."""
 
 _IN_PLACE_OF = {
-    "add_rms_norm": "linear_add and rms_norm",
+    "add_rms_norm": "linear_add_norm, which contains it",
     "rotary": "rotary_store_kv, which contains it",
     "append_attention": "rotary_store_kv and paged_attention, which together are it",
 }
@@ -101,6 +103,11 @@ class KernelSet:
 
     def __setattr__(self, name, value):
         raise AttributeError(f"a KernelSet cannot change; use kernels.replace({name}=...)")
+
+    def is_fused(self, op: str, rows: int) -> bool:
+        """Whether one implementation computes the fused operator for so many rows, and not its parts."""
+        implementation = self._chosen[op][1]
+        return implementation is not None and (implementation.most_rows is None or rows <= implementation.most_rows)
 
     @property
     def names(self) -> Mapping[str, str]:

@@ -127,9 +127,8 @@ def skinny_product(
     x: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
 ) -> torch.Tensor | None:
     """y = x Wᵀ + bias + residual, rounded once from float32; None where it is cuBLAS that should compute it."""
-    (rows, inputs), outputs = x.shape, weight.shape[0]
-    contiguous = residual is None or residual.is_contiguous()
-    if rows > SKINNY_ROWS or x.stride(1) != 1 or weight.stride(1) != 1 or not contiguous:
+    rows, (outputs, inputs) = len(x), weight.shape
+    if not _is_skinny(x, weight) or not (residual is None or residual.is_contiguous()):
         return None
     if rows == 1:
         return one_row(x, weight, bias=bias, residual=residual, **_one_row_launch(outputs, inputs))
@@ -137,9 +136,33 @@ def skinny_product(
     if launch is None:
         return None
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    if rows:
+    if rows == 0:
+        return y
+    if launch["SPLITS"] == 1:
         _few_rows(x, weight, bias, residual, y, **launch)
+        return y
+    parts, block, size = split_product(x, weight), 512, rows * outputs
+    sum_kernel[(triton.cdiv(size, block),)](
+        parts, bias, residual, y, outputs, size, BLOCK=block, SPLITS=len(parts), **dependent_launch(x.device)
+    )
     return y
+
+
+def split_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """The sums over each split's share of the inputs, float32 [splits, rows, outputs], for the caller to add in their
+    order; None where the product is not computed in splits.
+    """
+    rows, (outputs, inputs) = len(x), weight.shape
+    launch = _few_rows_launch(rows, outputs, inputs) if rows > 1 and _is_skinny(x, weight) else None
+    if launch is None or launch["SPLITS"] == 1:
+        return None
+    parts = torch.empty(launch["SPLITS"], rows, outputs, dtype=torch.float32, device=x.device)
+    _few_rows(x, weight, None, None, parts, **launch)
+    return parts
+
+
+def _is_skinny(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return len(x) <= SKINNY_ROWS and x.stride(1) == 1 and weight.stride(1) == 1
 
 
 def one_row(
@@ -182,15 +205,14 @@ def _few_rows(
     SPLITS: int,
     **launch: int,
 ) -> None:
+    """y [rows, outputs], or the splits' parts of it."""
     (rows, inputs), outputs = x.shape, weight.shape[0]
-    whole = SPLITS == 1
-    parts = y if whole else torch.empty(SPLITS, rows, outputs, dtype=torch.float32, device=x.device)
     few_rows_kernel[(triton.cdiv(outputs, launch["BLOCK_OUT"]), SPLITS)](
         x,
         weight,
-        bias if whole else None,
-        residual if whole else None,
-        parts,
+        bias,
+        residual,
+        y,
         rows,
         outputs,
         inputs,
@@ -201,12 +223,6 @@ def _few_rows(
         **launch,
         **dependent_launch(x.device),
     )
-    if not whole:
-        block = 512
-        size = rows * outputs
-        sum_kernel[(triton.cdiv(size, block),)](
-            parts, bias, residual, y, outputs, size, BLOCK=block, SPLITS=SPLITS, **dependent_launch(x.device)
-        )
 
 
 def make_inputs(

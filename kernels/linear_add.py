@@ -19,17 +19,22 @@ def linear_add_reference(
     return residual + linear(x, weight)
 
 
+def check_linear_add(name: str, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> None:
+    """ValueError where x, weight and residual do not fit each other."""
+    check_product(name, x, weight)
+    if residual.shape != (len(x), len(weight)) or residual.dtype != x.dtype:
+        raise ValueError(
+            f"{name}: residual is {list(residual.shape)} in {residual.dtype}, "
+            f"and x Wᵀ {[len(x), len(weight)]} in {x.dtype}"
+        )
+
+
 def skinny_linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """As `linear_add_reference`, the sum rounded once from float32, by what `skinny_linear` computes the product with.
 
     ValueError for shapes and dtypes that do not fit each other.
     """
-    check_product("linear_add", x, weight)
-    if residual.shape != (len(x), len(weight)) or residual.dtype != x.dtype:
-        raise ValueError(
-            f"linear_add: residual is {list(residual.shape)} in {residual.dtype}, "
-            f"and x Wᵀ {[len(x), len(weight)]} in {x.dtype}"
-        )
+    check_linear_add("linear_add", x, weight, residual)
     y = skinny_product(x, weight, residual=residual)
     return torch.addmm(residual, x, weight.t()) if y is None else y
 

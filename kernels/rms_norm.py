@@ -119,7 +119,8 @@ def _launch(rows: int, hidden: int) -> dict[str, int]:
     return {"BLOCK_ROWS": block_rows, "BLOCK_HIDDEN": block, "num_warps": num_warps}
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
+def check_norm(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """ValueError where x [..., hidden] and weight [hidden] are not what the kernels take."""
     if x.dtype not in OP.dtypes or weight.dtype != x.dtype:
         raise ValueError(f"x and weight have one dtype of float16, bfloat16, float32, not {x.dtype} and {weight.dtype}")
     if weight.dim() != 1 or x.shape[-1:] != weight.shape:
@@ -136,7 +137,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     It computes in float32 to the end and rounds once. ValueError for float64, for a hidden over MAX_HIDDEN, and where
     x is neither [tokens, hidden] nor [tokens, heads, hidden].
     """
-    _check(x, weight)
+    check_norm(x, weight)
     if not 2 <= x.dim() <= 3:
         raise ValueError(f"x is [tokens, hidden] or [tokens, heads, hidden], not {list(x.shape)}")
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -159,8 +160,8 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `add_rms_norm_reference`, the norm taken of the sum before that is rounded. ValueError as in `rms_norm`."""
-    _check(x, weight)
-    _check(residual, weight)
+    check_norm(x, weight)
+    check_norm(residual, weight)
     if x.dim() != 2 or x.shape != residual.shape:
         raise ValueError(f"x and residual are [tokens, hidden] both, not {list(x.shape)} and {list(residual.shape)}")
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))

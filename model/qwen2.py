@@ -20,9 +20,9 @@ def read_by(config: ModelConfig) -> dict[str, str]:
     """The operator that reads each projection's weight."""
     return {
         "qkv_weight": "norm_linear" if config.qk_norm else "norm_qkv_rotary_store_kv",
-        "o_weight": "linear_add",
+        "o_weight": "linear_add_norm",
         "gate_up_weight": "norm_gate_up_swiglu",
-        "down_weight": "linear_add",
+        "down_weight": "linear_add_norm",
         "head": "linear",
     }
 
@@ -37,6 +37,8 @@ def _weight(*shape: int) -> nn.Parameter:
 
 
 class Attention(nn.Module):
+    """From the residual stream, or its norm, to what the o product reads."""
+
     def __init__(self, config: ModelConfig, kernels: KernelSet):
         super().__init__()
         self.config, self.kernels = config, kernels
@@ -49,23 +51,38 @@ class Attention(nn.Module):
         self.o_weight = _weight(config.hidden_size, config.head_dim * config.num_heads)
         self.scale = config.head_dim**-0.5
 
+    def norm_ahead(self, tokens: int) -> torch.Tensor | None:
+        """The weight of its norm, which is then computed before; None where the qkv product's kernel computes it."""
+        return None if self.kernels.is_fused(read_by(self.config)["qkv_weight"], tokens) else self.norm
+
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: LayerCache, where: AttentionMetadata
+        self,
+        x: torch.Tensor,
+        normed: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: LayerCache,
+        where: AttentionMetadata,
     ) -> torch.Tensor:
-        """x plus attention over its norm."""
+        """x and its norm [tokens, hidden], or None as `norm_ahead` says → [tokens, heads·head_dim]"""
         config, kernels = self.config, self.kernels
         heads, kv_heads = config.num_heads, config.num_kv_heads
         k_cache, v_cache = cache
         product = (x, self.norm, config.rms_norm_eps, self.qkv_weight, self.qkv_bias)
         place = (cos, sin, where.positions, k_cache, v_cache, where.slot_mapping)
-        if config.qk_norm:
-            qkv = kernels.norm_linear(*product).view(-1, heads + 2 * kv_heads, config.head_dim)
-            q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-            q = kernels.rms_norm(q, self.q_norm, config.rms_norm_eps)
-            k = kernels.rms_norm(k, self.k_norm, config.rms_norm_eps)
-            q = kernels.rotary_store_kv(q, k, v, *place)
-        else:
+        if normed is None and not config.qk_norm:
             q = kernels.norm_qkv_rotary_store_kv(*product, *place, heads)
+        else:
+            if normed is None:
+                qkv = kernels.norm_linear(*product)
+            else:
+                qkv = kernels.linear(normed, self.qkv_weight, self.qkv_bias)
+            qkv = qkv.view(-1, heads + 2 * kv_heads, config.head_dim)
+            q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+            if config.qk_norm:
+                q = kernels.rms_norm(q, self.q_norm, config.rms_norm_eps)
+                k = kernels.rms_norm(k, self.k_norm, config.rms_norm_eps)
+            q = kernels.rotary_store_kv(q, k, v, *place)
         if where.is_decode:
             out = kernels.paged_attention(q, k_cache, v_cache, where.block_table, where.context_lens, self.scale)
         else:
@@ -80,10 +97,12 @@ class Attention(nn.Module):
                 where.max_context_len,
                 self.scale,
             )
-        return kernels.linear_add(out.flatten(1), self.o_weight, x)
+        return out.flatten(1)
 
 
 class MLP(nn.Module):
+    """From the residual stream, or its norm, to what the down product reads."""
+
     def __init__(self, config: ModelConfig, kernels: KernelSet):
         super().__init__()
         self.eps, self.kernels = config.rms_norm_eps, kernels
@@ -91,23 +110,42 @@ class MLP(nn.Module):
         self.gate_up_weight = _weight(2 * config.intermediate_size, config.hidden_size)
         self.down_weight = _weight(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x plus the MLP of its norm."""
-        y = self.kernels.norm_gate_up_swiglu(x, self.norm, self.eps, self.gate_up_weight)
-        return self.kernels.linear_add(y, self.down_weight, x)
+    def norm_ahead(self, tokens: int) -> torch.Tensor | None:
+        """As Attention's, for the gate and up product."""
+        return None if self.kernels.is_fused("norm_gate_up_swiglu", tokens) else self.norm
+
+    def forward(self, x: torch.Tensor, normed: torch.Tensor | None) -> torch.Tensor:
+        """x and its norm [tokens, hidden], or None as `norm_ahead` says → [tokens, intermediate]"""
+        if normed is None:
+            return self.kernels.norm_gate_up_swiglu(x, self.norm, self.eps, self.gate_up_weight)
+        return self.kernels.linear_swiglu(normed, self.gate_up_weight)
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, kernels: KernelSet):
         super().__init__()
+        self.eps, self.kernels = config.rms_norm_eps, kernels
         self.attention = Attention(config, kernels)
         self.mlp = MLP(config, kernels)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: LayerCache, where: AttentionMetadata
-    ) -> torch.Tensor:
-        """x [tokens, hidden], the residual stream, with what this layer adds to it."""
-        return self.mlp(self.attention(x, cos, sin, cache, where))
+        self,
+        x: torch.Tensor,
+        normed: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: LayerCache,
+        where: AttentionMetadata,
+        next_norm: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [tokens, hidden], the residual stream, with what this layer adds to it, and its norm by next_norm.
+
+        A norm is computed with the sum that it is of, or, where it is None, by the kernel that reads it.
+        """
+        add, attention, mlp = self.kernels.linear_add_norm, self.attention, self.mlp
+        y = attention(x, normed, cos, sin, cache, where)
+        x, normed = add(y, attention.o_weight, x, mlp.norm_ahead(len(x)), self.eps)
+        return add(mlp(x, normed), mlp.down_weight, x, next_norm, self.eps)
 
 
 class Qwen2(nn.Module):
@@ -152,9 +190,11 @@ class Qwen2(nn.Module):
         token_ids [tokens] int64, one cache a layer → [tokens, hidden]
         """
         x = F.embedding(token_ids, self.embedding)
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, self.cos, self.sin, layer_cache, where)
-        return self.kernels.rms_norm(x, self.norm, self.config.rms_norm_eps)
+        first, *others = (layer.attention.norm_ahead(len(x)) for layer in self.layers)
+        normed = None if first is None else self.kernels.rms_norm(x, first, self.config.rms_norm_eps)
+        for layer, layer_cache, next_norm in zip(self.layers, cache, (*others, self.norm), strict=True):
+            x, normed = layer(x, normed, self.cos, self.sin, layer_cache, where, next_norm)
+        return normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, hidden] → [rows, vocab]"""

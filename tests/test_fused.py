@@ -7,8 +7,10 @@ import torch
 from microvllm import InferenceEngine, KernelSet
 from microvllm.kernels import norm_gate_up_swiglu, norm_linear, norm_qkv_rotary_store_kv
 from microvllm.kernels.linear_add import skinny_linear_add
+from microvllm.kernels.linear_add_norm import skinny_linear_add_norm
 from microvllm.kernels.linear_swiglu import skinny_linear_swiglu
 from microvllm.kernels.op import Case
+from microvllm.kernels.rms_norm import rms_norm_reference
 from microvllm.kernels.rotary_store_kv import rotary_store_kv_reference
 
 from .checkpoints import save_folder
@@ -49,6 +51,16 @@ def test_a_residual_of_any_strides_is_added():
     residual = torch.randn(6, 3).t()
     x = torch.randn(3, 8)
     torch.testing.assert_close(skinny_linear_add(x, WEIGHT, residual), residual + x @ WEIGHT.t())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_norm_is_left_to_what_reads_it_where_it_has_no_weight(rows):
+    x, residual = torch.randn(rows, 8), torch.randn(rows, 8)[:, :6]  # of strides that no split takes
+    y, normed = skinny_linear_add_norm(x, WEIGHT, residual, None, 1e-6)
+    torch.testing.assert_close(y, residual + x @ WEIGHT.t())
+    assert normed is None
+    y, normed = skinny_linear_add_norm(x, WEIGHT, residual, torch.ones(6), 1e-6)
+    torch.testing.assert_close(normed, rms_norm_reference(residual + x @ WEIGHT.t(), torch.ones(6), 1e-6))
 
 
 def test_a_norm_of_large_numbers_does_not_overflow():

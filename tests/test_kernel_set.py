@@ -11,7 +11,8 @@ from microvllm.kernels.op import Implementation, Op
 from microvllm.kernels.rms_norm import rms_norm_reference
 
 CPU = torch.device("cpu")
-FUSED = {"norm_linear", "norm_qkv_rotary_store_kv", "linear_swiglu", "norm_gate_up_swiglu", "linear_add"}
+FUSED = {"norm_linear", "norm_qkv_rotary_store_kv", "linear_swiglu", "norm_gate_up_swiglu"}
+FUSED |= {"linear_add", "linear_add_norm"}
 NAMES = FUSED | {
     "rms_norm",
     "linear",
@@ -184,6 +185,7 @@ CALLS = {
     "linear_swiglu": {"tokens": 3, "intermediate": 4, "inputs": 8},
     "norm_gate_up_swiglu": {"tokens": 3, "intermediate": 4, "inputs": 8},
     "linear_add": {"rows": 3, "outputs": 4, "inputs": 8},
+    "linear_add_norm": {"rows": 3, "outputs": 4, "inputs": 8},
 }
 
 
@@ -247,6 +249,15 @@ def test_more_rows_than_a_fused_kernel_is_made_for_are_composed(monkeypatch):
         assert recorder.calls == composed, tokens
         recorder.calls.clear()
     assert calls == [0, 1]
+
+
+def test_a_set_says_for_how_many_rows_a_fused_operator_is_one_kernel(monkeypatch):
+    few = Implementation(OPS["norm_linear"].reference, most_rows=2)
+    monkeypatch.setitem(OPS["norm_linear"].implementations, "triton", few)
+    kernels = KernelSet.reference().replace(norm_linear="triton")
+    assert [kernels.is_fused("norm_linear", rows) for rows in (1, 2, 3)] == [True, True, False]
+    assert kernels.replace(norm_linear=OPS["norm_linear"].reference).is_fused("norm_linear", 1000)
+    assert not kernels.replace(rms_norm=rms_norm_reference).is_fused("norm_linear", 1)
 
 
 def test_weights_of_a_fused_operator_are_prepared_as_what_runs_reads_them():

@@ -123,7 +123,7 @@ def test_planted_bugs_are_caught(models, shape, bug):
 def test_triton_kernels_in_the_engine(models):
     """All of them at once, on a greedy text and a drawn one, in chunks, beside the references."""
     swaps = {name: "triton" for name, op in OPS.items() if "triton" in op.implementations}
-    swaps |= dict.fromkeys(("linear", "linear_add", "linear_swiglu"), "skinny")
+    swaps |= dict.fromkeys(("linear", "linear_add", "linear_add_norm", "linear_swiglu"), "skinny")
     assert set(swaps) == set(OPS)
     _, folder, prompts = models(Shape("qwen3", tied=True, rope="yarn"), 40, 17)
     drawn = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "seed": 3}
