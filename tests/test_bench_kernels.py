@@ -27,6 +27,7 @@ def test_what_is_not_installed_says_so(package, monkeypatch):
     assert f"not installed ({package})" in words
     assert {peer.name for peers in PEERS.values() for peer in peers if peer.unavailable() is None} == {
         "cuBLAS",
+        "cuBLAS, rms_norm",
         "cuBLAS, swiglu",
         "torch.compile",
         "unfused",
