@@ -159,7 +159,16 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
             lambda case: 1 < case.sizes["rows"] <= linear.SKINNY_ROWS,
         ),
     ),
-    "linear_swiglu": (Sweep(linear_swiglu.OP, "skinny", linear_swiglu, "_launch", _gates_and_ups()),),
+    "linear_swiglu": (
+        Sweep(
+            linear_swiglu.OP,
+            "skinny",
+            linear_swiglu,
+            "_launch",
+            _gates_and_ups(),
+            lambda case: case.sizes["tokens"] <= linear_swiglu.FEW_ROWS,
+        ),
+    ),
     "norm_linear": _fused_one_row(norm_linear),
     "norm_qkv_rotary_store_kv": _fused_one_row(norm_qkv_rotary_store_kv),
     "norm_gate_up_swiglu": _fused_one_row(norm_gate_up_swiglu),

@@ -11,10 +11,11 @@ import triton.language as tl
 
 from . import linear
 from .dependent_launch import allow_next, dependent_launch, wait_for_previous
-from .linear import check_product, linear_reference
+from .hopper_linear_swiglu import hopper_linear_swiglu, refused_by_hopper
+from .linear import check_product, linear_reference, skinny_linear
 from .op import Case, Cost, Implementation, Op, needs_gpu
 from .skinny_kernels import prefetch
-from .swiglu import swiglu_reference
+from .swiglu import swiglu, swiglu_reference
 
 
 def linear_swiglu_reference(
@@ -85,8 +86,11 @@ def _kernel(
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(row < rows)[None, :] & (out < intermediate)[:, None])
 
 
-MOST_ROWS = 64
-"""More than these cuBLAS multiplies: the tiles of x would be read more often than the weight."""
+FEW_ROWS = 64
+"""The most that `_kernel` takes: with more it would read tiles of x more often than the weight."""
+
+MOST_ROWS = 256
+"""The most that a fused kernel takes: past FEW_ROWS the one for Hopper, for some sizes."""
 
 
 def _launch(rows: int, intermediate: int, inputs: int) -> dict[str, Any]:
@@ -101,7 +105,9 @@ def _refuse_rows(*, x: torch.Tensor, **rest: Any) -> str | None:
 
 
 def skinny_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As `linear_swiglu_reference` for up to 64 tokens, in float32 to the end and rounded once.
+    """As `linear_swiglu_reference` for up to 256 tokens: up to 64 in one launch, and more as well where the Hopper
+    kernel takes them (`refused_by_hopper`), in float32 to the end and rounded once. Other products of more than 64 are
+    `skinny_linear`, most of them therefore cuBLAS's, and then `swiglu`.
 
     Equal inputs give equal bits. ValueError for more tokens, for an odd number of outputs, for float64, for shapes and
     dtypes that do not fit each other, and for a last dimension that is not contiguous.
@@ -116,6 +122,9 @@ def skinny_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.stride(1) != 1 or weight.stride(1) != 1:
         raise ValueError("linear_swiglu: the last dimensions of x and weight are contiguous")
     (rows, inputs), intermediate = x.shape, len(weight) // 2
+    if rows > FEW_ROWS:
+        takes = refused_by_hopper(x, weight) is None
+        return hopper_linear_swiglu(x, weight) if takes else swiglu(skinny_linear(x, weight))
     y = torch.empty(rows, intermediate, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -165,12 +174,12 @@ OP = Op(
         Case(tokens=35, intermediate=128, inputs=320),
         Case(tokens=64, intermediate=64, inputs=1000),
         Case(tokens=65, intermediate=8, inputs=64),
+        Case(tokens=256, intermediate=3, inputs=40),
         Case(tokens=0, intermediate=8, inputs=64),
     ),
-    large_cases=tuple(
-        Case(tokens=tokens, intermediate=intermediate, inputs=inputs)
-        for intermediate, inputs in ((18944, 3584), (4864, 896))
-        for tokens in (8, 35, 64)
+    large_cases=(
+        *(Case(tokens=tokens, intermediate=18944, inputs=3584) for tokens in (8, 35, 64, 128, 256)),
+        *(Case(tokens=tokens, intermediate=4864, inputs=896) for tokens in (8, 35, 64)),
     ),
     parts=("linear", "swiglu"),
 )

@@ -168,7 +168,7 @@ def test_a_residual_that_does_not_fit_is_named(residual):
 @pytest.mark.parametrize(
     "x, weight, words",
     [
-        (torch.ones(65, 8), WEIGHT, "it is for 64 tokens at most, not 65"),
+        (torch.ones(257, 8), WEIGHT, "it is for 256 tokens at most, not 257"),
         (X, torch.ones(6, 9), r"x is \[1, 8\] and weight \[6, 9\]"),
         (X, torch.ones(5, 8), r"weight is \[2·intermediate, in\], not \[5, 8\]"),
         (X.double(), WEIGHT.double(), "float16, bfloat16 or float32, not torch.float64"),

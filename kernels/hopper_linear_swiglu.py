@@ -1,0 +1,278 @@
+"""The product that makes gate and up, and SwiGLU of it, for NVIDIA's Hopper, in Gluon: 65 to 256 tokens in one launch.
+
+One warp fetches tiles of x and of the weight by TMA, two warpgroups multiply, persistently over the tiles: the warp
+has the next tile's weights on their way while SwiGLU of this one is computed and stored (the warp-specialised
+persistent product of NVIDIA's CUTLASS).
+
+What bounds it is reading: the weight from memory, and x from the L2 once for every tile of the weight, since so many
+rows do not stay in shared memory. 128 rows of x beside a tile of n outputs move 1 + 128 / n times the weight's bytes,
+so tiles are as wide as the registers allow: 288 outputs. Qwen2-7B's 37888 are then 132 tiles, one for each
+multiprocessor of an H100. More than 128 rows are two tiles of x; the two programs that read the same weights are
+neighbours, so that the second has them from the L2.
+
+Tried on an H100 with Qwen2-7B's weight [37888, 3584] in bfloat16, µs in a graph over rotating weights:
+
+    rows                                               96    128    192    256
+    cuBLAS, then `swiglu`                           110.2  110.0  126.0  126.2
+    this                                            103.4  104.1  123.3  119.4
+    this, with y stored by TMA                      102.8  103.6      –      –   needs the buffers: one tile a program
+    plain Triton with tensor descriptors            104.7  105.5      –      –
+    256 rows by 144 outputs a tile                      –      –  120.0  124.3
+    256 rows by 192, three tiles to two programs        –      –  123.6  131.2
+
+Without SwiGLU the same product is no faster than cuBLAS's, nor are those of the other projections.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+_ROWS, _GATES = 128, (128, 16)
+"""Rows of x and gates of a tile, beside as many ups. Gates are in two parts, since Triton's sizes are powers of two."""
+
+_INPUTS, _STAGES = 64, 4
+"""Inputs of a step, 128 bytes, the swizzle that wgmma reads fastest, and steps held at once: 208 of 227 KiB."""
+
+_load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
+"""Named otherwise before Triton 3.9."""
+
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Those of a Hopper GPU; 0 for any other device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiles(rows: int, intermediate: int) -> tuple[int, int]:
+    """Tiles of the weight, and of x for each."""
+    return triton.cdiv(intermediate, sum(_GATES)), triton.cdiv(rows, _ROWS)
+
+
+def keeps_busy(rows: int, intermediate: int, multiprocessors: int) -> bool:
+    """Whether less than a tenth of the multiprocessors' time is idle, all tiles taking the same.
+
+    A smaller or an uneven product is left to cuBLAS, which cuts it to fit.
+    """
+    tiles, row_tiles = _tiles(rows, intermediate)
+    turns = triton.cdiv(tiles, multiprocessors // row_tiles)
+    return tiles * row_tiles > 0.9 * turns * multiprocessors
+
+
+def refused_by_hopper(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why the kernel does not take x [tokens, in] and weight [2·intermediate, in]; None where it does."""
+    (rows, inputs), intermediate = x.shape, len(weight) // 2
+    if not 64 < rows <= 2 * _ROWS:
+        return f"the Hopper kernel is for 65 to {2 * _ROWS} tokens, not {rows}"
+    if x.dtype not in _TYPES or weight.dtype != x.dtype:
+        return f"the Hopper kernel computes in float16 and bfloat16, not in {x.dtype} and {weight.dtype}"
+    if inputs % _INPUTS or inputs < _STAGES * _INPUTS:
+        return f"the Hopper kernel takes inputs in multiples of {_INPUTS} from {_STAGES * _INPUTS} on, not {inputs}"
+    for tensor in (x, weight):
+        if tensor.stride(1) != 1 or tensor.data_ptr() % 16 or tensor.stride(0) * tensor.element_size() % 16:
+            return "the Hopper kernel wants rows that are contiguous and aligned to 16 bytes"
+    multiprocessors = _multiprocessors(x.device)
+    if not multiprocessors:
+        return f"the Hopper kernel is for GPUs of compute capability 9.0, not for {x.device}"
+    if not keeps_busy(rows, intermediate, multiprocessors):
+        return f"{intermediate} columns of {rows} tokens do not keep {multiprocessors} multiprocessors busy"
+    return None
+
+
+@gluon.jit
+def _fetch_weights(wide_desc, narrow_desc, wide, narrow, ready, tile, column, intermediate):
+    """Ask for a tile of the weight at `column`: in either part its gates, and behind them their ups."""
+    WIDE: gl.constexpr = wide_desc.block_type.shape[0]
+    NARROW: gl.constexpr = narrow_desc.block_type.shape[0]
+    gate = tile * (WIDE + NARROW)
+    _load(wide_desc, [gate, column], ready, wide.slice(0, WIDE))
+    _load(wide_desc, [intermediate + gate, column], ready, wide.slice(WIDE, WIDE))
+    _load(narrow_desc, [gate + WIDE, column], ready, narrow.slice(0, NARROW))
+    _load(narrow_desc, [intermediate + gate + WIDE, column], ready, narrow.slice(NARROW, NARROW))
+
+
+@gluon.jit
+def _produce(descs, memory, barriers, tiles, row_tiles, intermediate, steps, DEPENDENT: gl.constexpr):
+    """The warp that fetches. Weights do not depend on the kernel before: its first stages of them precede the wait."""
+    x_desc, wide_desc, narrow_desc = descs
+    x_smem, wide_smem, narrow_smem = memory
+    ready, empty = barriers
+    STAGES: gl.constexpr = x_smem.shape[0]
+    STEP: gl.constexpr = x_smem.shape[2]
+    BYTES: gl.constexpr = x_desc.block_type.nbytes + 2 * (wide_desc.block_type.nbytes + narrow_desc.block_type.nbytes)
+    row = gl.program_id(0) % row_tiles * x_smem.shape[1]
+    programs = gl.num_programs(0) // row_tiles
+    tile = gl.program_id(0) // row_tiles
+    for stage in gl.static_range(STAGES):  # there are as many steps at least
+        bar = ready.index(stage)
+        wide = wide_smem.index(stage)
+        narrow = narrow_smem.index(stage)
+        mbarrier.expect(bar, BYTES)
+        _fetch_weights(wide_desc, narrow_desc, wide, narrow, bar, tile, stage * STEP, intermediate)
+    if DEPENDENT:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        _load(x_desc, [row, stage * STEP], ready.index(stage), x_smem.index(stage))
+    step = STAGES
+    stage = 0
+    phase = 0
+    for _ in range(STAGES, (tiles - tile + programs - 1) // programs * steps):
+        if step == steps:
+            step = 0
+            tile += programs
+        bar = ready.index(stage)
+        wide = wide_smem.index(stage)
+        narrow = narrow_smem.index(stage)
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(bar, BYTES)
+        _fetch_weights(wide_desc, narrow_desc, wide, narrow, bar, tile, step * STEP, intermediate)
+        _load(x_desc, [row, step * STEP], bar, x_smem.index(stage))
+        step += 1
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+
+
+@gluon.jit
+def _store_swiglu(y_ptr, acc, row, column, rows, intermediate):
+    """silu(gate) · up of a part, whose gates are in the left half of acc; all of a pair is in one thread."""
+    M: gl.constexpr = acc.shape[0]
+    N: gl.constexpr = acc.shape[1] // 2
+    gate, up = acc.reshape([M, 2, N]).permute([0, 2, 1]).split()
+    y = gate / (1 + gl.exp(-gate)) * up
+    layout: gl.constexpr = y.type.layout
+    row += gl.arange(0, M, gl.SliceLayout(1, layout))
+    column += gl.arange(0, N, gl.SliceLayout(0, layout))
+    inside = (row < rows)[:, None] & (column < intermediate)[None, :]
+    gl.store(y_ptr + row[:, None] * intermediate + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _consume(y_ptr, memory, barriers, tiles, row_tiles, rows, intermediate, steps):
+    """The warpgroups that multiply, 64 rows each."""
+    x_smem, wide_smem, narrow_smem = memory
+    ready, empty = barriers
+    STAGES: gl.constexpr = x_smem.shape[0]
+    M: gl.constexpr = x_smem.shape[1]
+    WIDE: gl.constexpr = wide_smem.shape[1]
+    NARROW: gl.constexpr = narrow_smem.shape[1]
+    wide_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDE, 16])
+    narrow_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, NARROW, 16])
+    row = gl.program_id(0) % row_tiles * M
+    programs = gl.num_programs(0) // row_tiles
+    stage = 0
+    phase = 0
+    for tile in range(gl.program_id(0) // row_tiles, tiles, programs):
+        wide = gl.zeros([M, WIDE], gl.float32, wide_layout)
+        narrow = gl.zeros([M, NARROW], gl.float32, narrow_layout)
+        before = 0
+        for step in range(steps):
+            mbarrier.wait(ready.index(stage), phase)
+            x = x_smem.index(stage)
+            wide = warpgroup_mma(x, wide_smem.index(stage).permute([1, 0]), wide, is_async=True)
+            narrow = warpgroup_mma(x, narrow_smem.index(stage).permute([1, 0]), narrow, is_async=True)
+            wide, narrow = warpgroup_mma_wait(2, deps=[wide, narrow])
+            mbarrier.arrive(empty.index(before), pred=step > 0)  # the products of the step before are over
+            before = stage
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        wide, narrow = warpgroup_mma_wait(0, deps=[wide, narrow])
+        mbarrier.arrive(empty.index(before))
+        column = tile * ((WIDE + NARROW) // 2)
+        _store_swiglu(y_ptr, wide, row, column, rows, intermediate)
+        _store_swiglu(y_ptr, narrow, row, column + WIDE // 2, rows, intermediate)
+
+
+@gluon.jit(do_not_specialize=["tiles", "row_tiles", "rows", "steps"])
+def _hopper_linear_swiglu_kernel(
+    x_desc,
+    wide_desc,
+    narrow_desc,
+    y_ptr,
+    tiles,
+    row_tiles,
+    rows,
+    intermediate,
+    steps,
+    STAGES: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+):
+    if DEPENDENT:
+        gdc_launch_dependents()
+    dtype: gl.constexpr = x_desc.dtype
+    M: gl.constexpr = x_desc.block_type.shape[0]
+    STEP: gl.constexpr = x_desc.block_type.shape[1]
+    WIDE: gl.constexpr = 2 * wide_desc.block_type.shape[0]
+    NARROW: gl.constexpr = 2 * narrow_desc.block_type.shape[0]
+    x_smem = gl.allocate_shared_memory(dtype, [STAGES, M, STEP], x_desc.layout)
+    wide_smem = gl.allocate_shared_memory(dtype, [STAGES, WIDE, STEP], wide_desc.layout)
+    narrow_smem = gl.allocate_shared_memory(dtype, [STAGES, NARROW, STEP], narrow_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    fence_async_shared()
+    descs = (x_desc, wide_desc, narrow_desc)
+    memory = (x_smem, wide_smem, narrow_smem)
+    barriers = (ready, empty)
+    gl.warp_specialize(
+        [
+            (_consume, (y_ptr, memory, barriers, tiles, row_tiles, rows, intermediate, steps)),
+            (_produce, (descs, memory, barriers, tiles, row_tiles, intermediate, steps, DEPENDENT)),
+        ],
+        [1],
+        [24],  # registers a thread; the warpgroups have what it leaves
+    )
+
+
+def hopper_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As `linear_swiglu_reference`, in float32 to the end and rounded once, for what `refused_by_hopper` takes.
+
+    x [tokens, in], weight [2·intermediate, in] → [tokens, intermediate]. Equal inputs give equal bits.
+    """
+    (rows, inputs), intermediate = x.shape, len(weight) // 2
+    tiles, row_tiles = _tiles(rows, intermediate)
+    programs = min(tiles, _multiprocessors(x.device) // row_tiles) * row_tiles
+    y = torch.empty(rows, intermediate, dtype=x.dtype, device=x.device)
+
+    def boxes(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+        box = [rows, _INPUTS]
+        return TensorDescriptor.from_tensor(tensor, box, gl.NVMMASharedLayout.get_default_for(box, _TYPES[x.dtype]))
+
+    _hopper_linear_swiglu_kernel[(programs,)](
+        boxes(x, _ROWS),
+        *(boxes(weight, gates) for gates in _GATES),
+        y,
+        tiles,
+        row_tiles,
+        rows,
+        intermediate,
+        inputs // _INPUTS,
+        STAGES=_STAGES,
+        DEPENDENT=True,
+        launch_pdl=True,
+        num_warps=8,
+        maxnreg=168,  # for 384 threads, the fetching warp being rounded up to four: all that a multiprocessor has
+    )
+    return y

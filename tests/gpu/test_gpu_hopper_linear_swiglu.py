@@ -1,0 +1,76 @@
+"""The Hopper kernel of gate, up and SwiGLU: one tile of rows and two, part of a tile, several turns, in a graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from microvllm.kernels.hopper_linear_swiglu import hopper_linear_swiglu, refused_by_hopper
+from microvllm.kernels.linear_swiglu import OP, skinny_linear_swiglu
+from microvllm.kernels.op import Case
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="Hopper alone runs it"
+)
+
+ROWS = (65, 80, 96, 128, 129, 192, 256)
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def checked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Some of these sizes leave multiprocessors idle: that is no reason not to be right."""
+    refused = refused_by_hopper(x, weight)
+    assert refused is None or "busy" in refused
+    return hopper_linear_swiglu(x, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    "intermediate, inputs",
+    [
+        (18944, 3584),
+        (18943, 3584),  # odd: no two neighbours of a row of y are stored together
+        (18936, 3584),
+        (27648, 320),  # 192 tiles, 5 steps
+        (145, 256),  # 2 tiles, 1 column in the last; as few steps as there may be
+        (1, 256),
+    ],
+)
+def test_it_is_as_right_as_the_reference(rows, intermediate, inputs, dtype):
+    case = Case(tokens=rows, intermediate=intermediate, inputs=inputs)
+    report = OP.check(checked, [case], dtypes=[dtype], device="cuda")
+    assert report.ok, f"\n{report}"
+
+
+def make(rows: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(rows)
+    return OP.inputs(rows, 18944, 3584, dtype=dtype, device=torch.device("cuda"), generator=generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_graph_computes_the_same_each_time(rows, dtype):
+    """The second call's x is the first one's y: it must wait for it, though its weights do not."""
+    first, second = make(rows, dtype), make(rows, dtype)
+    if torch.cuda.get_device_properties("cuda").multi_processor_count == 132:
+        assert refused_by_hopper(**first) is None
+
+    def run() -> torch.Tensor:
+        y = skinny_linear_swiglu(**first)
+        return skinny_linear_swiglu(y[:, :3584], second["weight"])
+
+    expected = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    for _ in range(3):
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+def test_rows_that_stand_apart():
+    x, weight = make(100, torch.bfloat16).values()
+    apart = torch.cat([x, torch.full_like(x, torch.nan)], dim=1)[:, : x.shape[1]]
+    wide = torch.cat([weight, torch.full_like(weight[:, :64], torch.nan)], dim=1)[:, : x.shape[1]]
+    assert torch.equal(checked(apart, wide), checked(x, weight))

@@ -1,0 +1,81 @@
+"""What the Hopper kernel of gate, up and SwiGLU refuses, and who computes it then; tests/gpu checks what it takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from microvllm.kernels import hopper_linear_swiglu, linear_swiglu
+from microvllm.kernels.hopper_linear_swiglu import keeps_busy, refused_by_hopper
+from microvllm.kernels.linear import skinny_linear
+from microvllm.kernels.linear_swiglu import skinny_linear_swiglu
+from microvllm.kernels.swiglu import swiglu
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As if a CPU were an H100, as far as what is refused goes."""
+    monkeypatch.setattr(hopper_linear_swiglu, "_multiprocessors", lambda device: 132)
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16)
+
+
+WEIGHT = half(2 * 18944, 256)
+
+
+@pytest.mark.parametrize("rows", [65, 128, 129, 256])
+def test_what_it_takes(hopper, rows):
+    for dtype in (torch.float16, torch.bfloat16):
+        assert refused_by_hopper(half(rows, 256).to(dtype), WEIGHT.to(dtype)) is None
+
+
+@pytest.mark.parametrize(
+    "x, weight, words",
+    [
+        (half(64, 256), WEIGHT, "65 to 256 tokens, not 64"),
+        (half(257, 256), WEIGHT, "65 to 256 tokens, not 257"),
+        (half(65, 256).float(), WEIGHT, "float16 and bfloat16, not in torch.float32"),
+        (half(65, 256), WEIGHT.bfloat16(), "not in torch.float16 and torch.bfloat16"),
+        (half(65, 192), WEIGHT[:, :192], "multiples of 64 from 256 on, not 192"),
+        (half(65, 328), half(2 * 18944, 328), "multiples of 64 from 256 on, not 328"),
+        (half(65, 260)[:, :256], WEIGHT, "aligned to 16 bytes"),
+        (half(65, 264)[:, 4:260], WEIGHT, "aligned to 16 bytes"),
+        (half(256, 65).t(), WEIGHT, "contiguous"),
+        (half(65, 256), half(2 * 4864, 256), "4864 columns of 65 tokens do not keep 132 multiprocessors busy"),
+        (half(65, 256), half(0, 256), "busy"),
+    ],
+)
+def test_what_it_refuses(hopper, x, weight, words):
+    assert words in refused_by_hopper(x, weight)
+
+
+def test_what_is_no_hopper_gpu_is_refused():
+    assert "compute capability 9.0, not for cpu" in refused_by_hopper(half(65, 256), WEIGHT)
+
+
+@pytest.mark.parametrize(
+    "intermediate, multiprocessors, busy",
+    [
+        (18944, 132, (True, True)),  # Qwen2-7B on an H100: 132 tiles
+        (18944, 114, (False, False)),  # on an H100 PCIe: a second turn for 18 of them
+        (17408, 132, (True, True)),  # Qwen3-14B: 121
+        (14336, 132, (False, False)),  # Llama 3 8B: 100
+        (27648, 132, (False, True)),  # Qwen2.5-32B: 192, one turn and a half of 132, three turns of 66
+        (4864, 132, (False, False)),  # Qwen2-0.5B: 34
+    ],
+)
+def test_multiprocessors_that_would_idle(intermediate, multiprocessors, busy):
+    assert tuple(keeps_busy(rows, intermediate, multiprocessors) for rows in (128, 129)) == busy
+
+
+@pytest.mark.parametrize("rows", [65, 256])
+def test_the_unfused_kernels_compute_what_it_refuses(rows):
+    x, weight = (torch.randn(n, 40, generator=torch.Generator().manual_seed(n)) for n in (rows, 2 * 7))
+    assert torch.equal(skinny_linear_swiglu(x, weight), swiglu(skinny_linear(x, weight)))
+
+
+def test_it_computes_what_it_takes(hopper, monkeypatch):
+    monkeypatch.setattr(linear_swiglu, "hopper_linear_swiglu", lambda x, weight: (x, weight))
+    x = half(65, 256)
+    assert skinny_linear_swiglu(x, WEIGHT) == (x, WEIGHT)
