@@ -103,13 +103,16 @@ MAX_HIDDEN = 16384
 """A row stays in the registers of one program between its sum and its store."""
 
 
-def _launch(rows: int, hidden: int) -> dict[str, int]:
-    """BLOCK_ROWS, BLOCK_HIDDEN and num_warps for that many rows of `hidden` elements."""
+def _launch(rows: int, hidden: int, adds: bool) -> dict[str, int]:
+    """BLOCK_ROWS, BLOCK_HIDDEN and num_warps for that many rows of `hidden` elements; adds: with a residual each."""
     block = triton.next_power_of_2(hidden)
     # As many as are on the GPU at once with one 16-byte load a thread are done soonest that way. With more, several
     # loads a thread keep more under way, and a warp that has a row to itself needs no barrier.
     few = rows * block <= 2**20
-    if block >= 1024:
+    if block == 1024 and not few:
+        # 4096 rows of 896 on an H100: 5.97 µs, and with a residual 7.93. One row and one warp take 7.58 and about 8.6.
+        block_rows, num_warps = (4, 2) if adds else (2, 4)
+    elif block >= 1024:
         block_rows, num_warps = 1, min(16, block // (256 if few else 1024))
     else:
         # More threads than the weight has elements: then Triton has each thread load those it multiplies with, and
@@ -150,7 +153,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
             heads, stride_token, stride_head = 1, stride_head, 0
     hidden = x.shape[-1]
     rows = x.numel() // hidden
-    launch = _launch(rows, hidden) | dependent_launch(x.device)
+    launch = _launch(rows, hidden, False) | dependent_launch(x.device)
     grid = (triton.cdiv(rows, launch["BLOCK_ROWS"]),)
     _rms_norm_kernel[grid](x, weight, y, rows, hidden, eps, stride_token, stride_head, HEADS=heads, **launch)
     return y
@@ -168,7 +171,7 @@ def add_rms_norm(
     rows, hidden = x.shape
     if rows == 0:
         return y, total
-    launch = _launch(rows, hidden) | dependent_launch(x.device)
+    launch = _launch(rows, hidden, True) | dependent_launch(x.device)
     grid = (triton.cdiv(rows, launch["BLOCK_ROWS"]),)
     strides = x.stride(0), residual.stride(0)
     _add_rms_norm_kernel[grid](x, residual, weight, y, total, rows, hidden, eps, *strides, **launch)
