@@ -1,6 +1,7 @@
 """Prefill attention: a ragged batch of prompt chunks, each causal over all that its sequence has in the paged cache.
 
-Sources: Dao 2023, arXiv:2307.08691 (FlashAttention-2), the tiles; Kwon et al. 2023, arXiv:2309.06180, the pages.
+Sources: Dao 2023, arXiv:2307.08691 (FlashAttention-2), the tiles; Kwon et al. 2023, arXiv:2309.06180, the pages. For
+Hopper GPUs there is a kernel of its own, in `hopper_prefill`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .flash_attn_limits import needs_flash_attn, refused_by_flash_attn
+from .hopper_prefill import hopper_prefill, refused_by_hopper
 from .op import Case, Cost, Implementation, Op, needs_gpu
 from .paged_attention import LOG2_E
 from .paged_cache import misfit, random_paged_cache
@@ -21,6 +23,10 @@ from .rotary import fused_qkv
 
 REFERENCE_SCORES = 1 << 27
 """Scores that the reference holds at once; in float64 they take a GiB."""
+
+HOPPER_TOKENS = 128
+"""Of all chunks together: more are left to the Hopper kernel, whose tiles have as many queries. The longest chunk does
+not matter: a captured prefill allows for one of all its tokens, and shall have the bits of the same one uncaptured."""
 
 
 def prefill_attention_reference(
@@ -196,6 +202,10 @@ def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def _require(holds: bool, words: str) -> None:
     if not holds:
         raise ValueError(f"prefill_attention: {words}")
@@ -214,9 +224,12 @@ def prefill_attention(
 ) -> torch.Tensor:
     """As `prefill_attention_reference`, in Triton, in one launch; equal inputs give equal bits.
 
+    On a Hopper GPU, `hopper_prefill` computes more than HOPPER_TOKENS tokens unless `refused_by_hopper` says why not;
+    one kernel for all GPUs computes everything else.
+
     Block sizes, head_dim and strides are free, but the last dimensions are contiguous. Of a chunk longer than
-    max_query_len, queries stay unwritten. ValueError for dtypes and shapes that do not fit each other, and for a scale
-    that is not positive.
+    max_query_len, queries may stay unwritten. ValueError for dtypes and shapes that do not fit each other, and for a
+    scale that is not positive.
     """
     tokens, heads, head_dim = q.shape
     chunks = len(context_lens)
@@ -235,6 +248,9 @@ def prefill_attention(
     _require(block_table.stride(1) == 1, "a row of the table must be contiguous")
     _require(scale > 0, f"the scale must be positive, and is {scale}")
 
+    if tokens > HOPPER_TOKENS and _is_hopper(q.device) and refused_by_hopper(q, k_cache, v_cache) is None:
+        where = (block_table, query_start, context_lens, max_query_len, max_context_len)
+        return hopper_prefill(q, k_cache, v_cache, *where, scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out

@@ -1,0 +1,94 @@
+"""The Hopper kernel of prefill attention in an emulator of what it runs on, which mistakes are seen there, and what it
+does not take; tests/gpu checks what it computes on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+
+import pytest
+import torch
+from microvllm.kernels import hopper_prefill
+from microvllm.kernels.hopper_prefill import refused_by_hopper
+from microvllm.kernels.op import Case
+from microvllm.kernels.prefill_attention import OP
+
+from .gluon_emulator import emulate
+
+RAGGED = Case(prompts=3, query=140, shortest=0, heads=2, kv_heads=1, head_dim=128, block_size=16, prefix=250)
+LONG = Case(prompts=1, query=130, heads=1, kv_heads=1, head_dim=64, block_size=256, prefix=400)
+
+
+def checked(module, monkeypatch, case: Case):
+    emulate(monkeypatch, module, multiprocessors=2)
+    return OP.check(module.hopper_prefill, [case], dtypes=[torch.float16], device="cpu")
+
+
+@pytest.mark.usefixtures("one_thread")
+class TestInTheEmulator:
+    @pytest.mark.parametrize("case", [RAGGED, LONG], ids=str)
+    def test_it_is_as_right_as_the_reference(self, monkeypatch, case):
+        report = checked(hopper_prefill, monkeypatch, case)
+        assert report.ok, f"\n{report}"
+
+    def test_padding_changes_no_bit(self, monkeypatch):
+        """As a captured prefill is padded: empty chunks at the end, tokens of no chunk, bounds that nothing reaches."""
+        emulate(monkeypatch, hopper_prefill, multiprocessors=2)
+        generator = torch.Generator().manual_seed(0)
+        given = OP.inputs(**RAGGED.sizes, dtype=torch.float16, device=torch.device("cpu"), generator=generator)
+        expected = hopper_prefill.hopper_prefill(**given)
+        tokens = len(given["q"])
+        padded = given | {
+            "q": torch.nn.functional.pad(given["q"], (0, 0, 0, 0, 0, 90), value=torch.nan),
+            "block_table": torch.nn.functional.pad(given["block_table"], (0, 0, 0, 2), value=-1),
+            "query_start": torch.nn.functional.pad(given["query_start"], (0, 2), value=tokens),
+            "context_lens": torch.nn.functional.pad(given["context_lens"], (0, 2)),
+            "max_query_len": 1024,
+        }
+        assert hopper_prefill.hopper_prefill(**padded)[:tokens].equal(expected)
+
+    @pytest.mark.parametrize(
+        "right, wrong",
+        [
+            pytest.param(
+                """acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+                    mbarrier.arrive(v_empty.index(before))""",
+                """mbarrier.arrive(v_empty.index(before))
+                    acc, p = warpgroup_mma_wait(0, deps=(acc, p))""",
+                id="V given back before it is read",
+            ),
+            pytest.param("mbarrier.wait(v_ready.index(before), v_phase)", "pass", id="V read before it is there"),
+            pytest.param("_clear_from(v, context - (tiles - 1) * BLOCK_N)", "pass", id="0 · NaN behind the context"),
+            pytest.param("(stage * PARTS + part) * PAGES + i", "(stage * PAGES + i) * PARTS + part", id="pages mixed"),
+        ],
+    )
+    def test_it_sees_a_mistake(self, monkeypatch, tmp_path, right, wrong):
+        source = inspect.getsource(hopper_prefill)
+        assert right in source
+        path = tmp_path / "planted.py"
+        path.write_text(source.replace(right, wrong))
+        spec = importlib.util.spec_from_file_location("microvllm.kernels.planted", path)
+        planted = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(planted)
+        assert not all(checked(planted, monkeypatch, case).ok for case in (RAGGED, LONG))
+
+
+def test_what_it_takes():
+    q, cache = torch.zeros(5, 4, 128).half(), torch.zeros(3, 16, 2, 128).half()
+    assert refused_by_hopper(q, cache, cache) is None
+
+
+@pytest.mark.parametrize(
+    "q, cache, words",
+    [
+        (torch.zeros(5, 4, 128), torch.zeros(3, 16, 2, 128), "float16 and bfloat16, not in torch.float32"),
+        (torch.zeros(5, 4, 128).half(), torch.zeros(3, 16, 2, 128), "the cache in q's dtype"),
+        (torch.zeros(5, 4, 80).half(), torch.zeros(3, 16, 2, 80).half(), "head_dim 64 and 128, not 80"),
+        (torch.zeros(5, 4, 64).half(), torch.zeros(3, 4, 2, 64).half(), "and multiples of 128, not 4"),
+        (torch.zeros(5, 4, 64).half(), torch.zeros(3, 192, 2, 64).half(), "and multiples of 128, not 192"),
+        (torch.zeros(5, 4, 66).half()[..., :64], torch.zeros(3, 16, 2, 64).half(), "aligned to 16 bytes"),
+    ],
+)
+def test_what_it_refuses(q, cache, words):
+    assert words in refused_by_hopper(q, cache, cache)
