@@ -9,7 +9,7 @@ import torch
 from microvllm.kernels import prefill_attention
 from microvllm.kernels.hopper_prefill import hopper_prefill, refused_by_hopper
 from microvllm.kernels.op import Case
-from microvllm.kernels.prefill_attention import HOPPER_TOKENS, OP
+from microvllm.kernels.prefill_attention import HOPPER_FROM, OP
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="a Hopper GPU alone runs it"
@@ -41,12 +41,22 @@ def test_it_is_as_right_as_the_reference(case, dtype):
     assert report.ok, f"\n{report}"
 
 
+FIRST = HOPPER_FROM[128][0]
+
+
 @pytest.mark.parametrize(
-    "tokens, head_dim, called", [(HOPPER_TOKENS + 1, 128, True), (HOPPER_TOKENS, 128, False), (300, 80, False)]
+    "prompts, tokens, head_dim, called",
+    [
+        (1, FIRST, 128, True),
+        (1, FIRST - 1, 128, False),
+        (64, 32, 128, False),
+        (1, FIRST, 64, False),
+        (1, 3000, 80, False),
+    ],
 )
-def test_the_operator_calls_it_for_what_it_takes(monkeypatch, tokens, head_dim, called):
-    given = drawn(Case(prompts=1, query=tokens, heads=2, kv_heads=1, head_dim=head_dim, block_size=16))
-    assert (refused_by_hopper(given["q"], given["k_cache"], given["v_cache"]) is None) == (head_dim == 128)
+def test_the_operator_calls_it_for_what_it_takes(monkeypatch, prompts, tokens, head_dim, called):
+    given = drawn(Case(prompts=prompts, query=tokens, heads=2, kv_heads=1, head_dim=head_dim, block_size=16))
+    assert (refused_by_hopper(given["q"], given["k_cache"], given["v_cache"]) is None) == (head_dim != 80)
     monkeypatch.setattr(prefill_attention, "hopper_prefill", lambda *args: "called")
     assert isinstance(prefill_attention.prefill_attention(**given), str) == called
 
@@ -54,7 +64,7 @@ def test_the_operator_calls_it_for_what_it_takes(monkeypatch, tokens, head_dim, 
 @pytest.mark.parametrize("block_size", [16, 256])
 def test_in_a_captured_graph_it_follows_lengths_and_tables(block_size):
     """It gives the bits of a call outside the graph for the chunks alone, though the graph has room for more."""
-    tokens, rows = 512, 4
+    tokens, rows = 1024, 4
     given = drawn(Case(prompts=rows, query=700, heads=28, kv_heads=4, head_dim=128, block_size=block_size))
     q, k, v, table = given["q"][:tokens], given["k_cache"], given["v_cache"], given["block_table"]
     starts, contexts = (torch.zeros(n, dtype=torch.int32, device=GPU) for n in (rows + 1, rows))
