@@ -21,8 +21,6 @@ from microvllm.kernels.op import Case
 from microvllm.kernels.paged_attention import paged_attention_reference
 from microvllm.kernels.prefill_attention import prefill_attention_reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NORM = Case(tokens=7, hidden=100)
 DECODE = Case(batch=3, context=50, shortest=5, heads=4, kv_heads=2, head_dim=64, block_size=16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -15,8 +15,6 @@ from .small_models import Shape, make_model
 from .stalls import Stalls
 from .test_engine import assert_at_rest, ids, save_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -12,8 +12,6 @@ from microvllm.model.logprobs import Logprobs
 
 from .small_models import VOCAB_SIZE, Shape, make_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

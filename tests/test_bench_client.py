@@ -17,8 +17,6 @@ from microvllm.bench import client, servers
 from microvllm.bench.client import Answer, Endpoint, Load, complete
 from microvllm.bench.serving_metrics import metrics, time_per_output_token
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 

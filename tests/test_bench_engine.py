@@ -21,8 +21,6 @@ from microvllm.bench.workloads import DECODE, WORKLOADS, Workload, named
 
 from .checkpoints import save_folder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPES = Path(bench.__file__).parent / "shapes"
 VOCAB_SIZE = 96
 

@@ -32,8 +32,6 @@ from microvllm.kernels.roof import Roof
 
 from .checkpoints import save_folder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VOCAB_SIZE = 96
 LAYER = [("norm", "add_rms_norm"), ("gemm", "linear"), ("rope", "rotary_store_kv"), ("attend", "paged_attention")]
 LAYER += [("merge", "paged_attention"), ("gemm", "linear"), ("norm", "add_rms_norm"), ("gemm", "linear")]

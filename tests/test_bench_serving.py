@@ -23,8 +23,6 @@ from microvllm.bench.workloads import Workload
 from .checkpoints import save_folder
 from .test_bench_client import FakeServer, stream
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def answer(start: float, *tokens: float, error: str | None = None) -> Answer:
     return Answer(start, 0.0, tokens, prompt_tokens=10, output_tokens=len(tokens), error=error)

@@ -14,8 +14,6 @@ from microvllm.kernels.paged_attention import paged_attention_reference
 from microvllm.kernels.report import Report
 from microvllm.kernels.rms_norm import rms_norm_reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NORM, ATTENTION = rms_norm.OP, paged_attention.OP
 ROWS = Case(tokens=7, hidden=100)
 TEXTS = Case(batch=3, context=50, shortest=5, heads=4, kv_heads=2, head_dim=64, block_size=16, padded=1)

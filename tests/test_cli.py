@@ -21,8 +21,6 @@ from safetensors.torch import load_file, save_file
 from .small_models import Shape, make_model
 from .test_engine import save_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 COMMAND = Path(sys.executable).with_name("micro-vllm")
 
 

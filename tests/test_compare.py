@@ -19,8 +19,6 @@ from microvllm.model.qwen2 import Qwen2
 from .small_models import VOCAB_SIZE, Shape, make_model
 from .test_engine import save_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PROMPTS = [[5, 3, 900, 4, 11], [17, 80], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]]
 REFERENCE = KernelSet.reference()
 OPTIONS = {"device": "cpu", "max_tokens": 12, "turns": 0}

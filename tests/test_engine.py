@@ -22,8 +22,6 @@ from transformers import PreTrainedTokenizerFast
 from .checkpoints import edit_json
 from .small_models import MAX_LENGTH, VOCAB_SIZE, Shape, make_model, transformers_logits
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BLOCK_SIZE = 16
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 NOT_NUMBERS = "the model's logits were not numbers (NaN or infinite)"

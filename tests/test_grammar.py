@@ -19,8 +19,6 @@ from .test_engine import assert_at_rest, finish, poison, save_tokenizer
 from .test_sampler import Row
 from .test_tokenizer import sentencepiece
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EOS = "zz"
 SCHEMAS = (
     {"type": "object"},

@@ -16,8 +16,6 @@ from microvllm.kernels.rotary import rotary_reference
 from microvllm.kernels.rotary_store_kv import rotary_store_kv_reference, store_kv_reference
 from microvllm.kernels.swiglu import swiglu_reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EPS = 1e-5
 BLOCK_SIZE = 4
 KV_HEADS, GROUP, HEAD_DIM = 2, 3, 4

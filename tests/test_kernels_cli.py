@@ -18,8 +18,6 @@ from microvllm.kernels.op import REFERENCE
 from .small_models import Shape, make_model
 from .test_engine import save_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KERNELS = """
 import torch
 import triton

@@ -14,8 +14,6 @@ from microvllm.engine.model_graph import ModelGraphRunner, bucket_sizes
 from .small_models import Shape, make_model
 from .test_async_scheduling import answers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Recomputed:
     """A CapturedCall without a GPU."""

@@ -13,8 +13,6 @@ from microvllm.kernels.op import REFERENCE, Cost, Op, needs_gpu
 
 from .operators import OPERATORS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -25,8 +25,6 @@ from .parity import (
 )
 from .small_models import Shape, pairwise_shapes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):

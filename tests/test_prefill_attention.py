@@ -8,10 +8,9 @@ from microvllm.kernels import prefill_attention
 from microvllm.kernels.op import Case
 from microvllm.kernels.prefill_attention import OP, prefill_attention_reference
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here: tests/gpu checks it there"),
-]
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton compiles for the GPU here: tests/gpu checks it there"
+)
 
 RAGGED = Case(prompts=4, query=70, shortest=0, heads=6, kv_heads=2, head_dim=32, block_size=32, prefix=45)
 

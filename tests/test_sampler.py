@@ -16,8 +16,6 @@ from microvllm.model.penalties import adjust, adjusts
 from microvllm.model.sampler import Sampler
 from transformers import RepetitionPenaltyLogitsProcessor
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VOCAB_SIZE = 50
 
 

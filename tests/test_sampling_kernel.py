@@ -18,7 +18,6 @@ from microvllm.kernels.gumbel import gumbel_noise
 from microvllm.kernels.sampling import sample_reference, top_k_top_p_sample
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="it counts calls inside Triton's interpreter"),
     pytest.mark.filterwarnings("ignore:(divide by zero|overflow) encountered:RuntimeWarning"),
 ]

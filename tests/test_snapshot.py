@@ -9,8 +9,6 @@ from microvllm.engine.snapshot import CACHED, FIRST_OWNER, FREE, SHARED, WAITING
 from .small_models import Shape, make_model
 from .test_engine import ids
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

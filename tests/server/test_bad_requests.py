@@ -18,8 +18,6 @@ from microvllm.engine.server.guard import MAX_BODY
 from ..small_models import MAX_LENGTH, VOCAB_SIZE
 from .small_server import SmallServer, serving
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
 HI = [{"role": "user", "content": "hi"}]

@@ -20,8 +20,6 @@ from microvllm.engine.server import events
 from ..stalls import Stalls
 from .small_server import SmallServer, send, serving
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROUTES = {
     "/v1/completions": {"prompt": ["hello", "a" * 60], "n": 2},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},

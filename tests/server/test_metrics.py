@@ -9,8 +9,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from .small_server import SmallServer, serving
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAMES = {
     "gauge": ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"],
     "counter": [

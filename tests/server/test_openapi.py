@@ -15,8 +15,6 @@ from ..small_models import Shape, make_model
 from ..test_engine import save_tokenizer
 from .small_server import serving
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 HERE = Path(__file__).parent
 SCHEMATHESIS = str(Path(sys.executable).with_name("schemathesis"))
 FLAGS = ["--generation-deterministic", "--max-examples", "20", "--no-shrink", "--phases", "coverage,fuzzing"]

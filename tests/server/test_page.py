@@ -16,8 +16,6 @@ from .served_process import ServedProcess
 from .small_server import serving
 from .test_view import block_states
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 HTML = """<img src=x onerror="hit=1"><b>&amp;"""
 
 

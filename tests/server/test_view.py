@@ -14,8 +14,6 @@ from microvllm.engine.server.page_files import FOLDER, PAGE
 
 from .small_server import serving
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def block_states(view: dict) -> list[int]:
     data = base64.b64decode(view["blocks"], validate=True)
