@@ -9,27 +9,12 @@ import os
 
 import pytest
 import torch
-from microvllm.kernels import paged_attention
 from microvllm.kernels.op import REFERENCE, Cost, Op, needs_gpu
 
 from .operators import OPERATORS
 
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.fixture
-def few_programs(monkeypatch):
-    """Decode attention starts more programs than the cases have chunks, and an idle one takes the interpreter 5 ms.
-    With its own launches it is in test_paged_attention.
-    """
-    chosen = paged_attention._launch
-
-    def launch(*sizes: int) -> dict[str, int]:
-        launch = chosen(*sizes)
-        return launch | {"chunks": min(launch["chunks"], 48)}
-
-    monkeypatch.setattr(paged_attention, "_launch", launch)
 
 
 def runs_here(op: Op, name: str) -> bool:

@@ -12,6 +12,7 @@ from microvllm.kernels.kernel_set import OPS
 from microvllm.kernels.prefill_attention import prefill_attention_reference
 from microvllm.kernels.rotary_store_kv import rotary_store_kv_reference, store_kv_reference
 
+from .checkpoints import save_folder
 from .parity import (
     BLOCK_SIZE,
     ONE_OF_EACH,
@@ -118,16 +119,20 @@ def test_planted_bugs_are_caught(models, shape, bug):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles for the GPU there is")
-def test_triton_kernels_in_the_engine(models):
-    """All of them at once, on a greedy text and a drawn one, in chunks, beside the references."""
+def test_triton_kernels_in_the_engine(tmp_path, few_programs):
+    """All of them at once, on a greedy text and a drawn one, in chunks, beside the references.
+
+    The model is a very small one: a program of the interpreter takes 5 ms, and a linear layer has one an output.
+    """
     swaps = {name: "triton" for name, op in OPS.items() if "triton" in op.implementations}
     swaps |= dict.fromkeys(("linear", "linear_add", "linear_add_norm", "linear_swiglu"), "skinny")
     assert set(swaps) == set(OPS)
-    _, folder, prompts = models(Shape("qwen3", tied=True, rope="yarn"), 40, 17)
+    save_folder(tmp_path, "qwen3", hidden_size=40, num_attention_heads=6, tie_word_embeddings=True, eos_token_id=None)
+    prompts = [list(range(40)), list(range(95, 78, -1))]
     drawn = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "seed": 3}
     texts = []
     for kernels in (KernelSet.reference(), KernelSet.reference().replace(**swaps)):
-        engine = make_engine(folder, kernels, max_prefill_tokens=16)
+        engine = make_engine(tmp_path, kernels, max_prefill_tokens=16)
         for prompt, options in zip(prompts, ({}, drawn), strict=True):
             engine.add_request(prompt, max_tokens=3, **options)
         outputs = {}
