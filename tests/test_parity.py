@@ -130,13 +130,15 @@ def test_triton_kernels_in_the_engine(tmp_path, few_programs):
     save_folder(tmp_path, "qwen3", hidden_size=40, num_attention_heads=6, tie_word_embeddings=True, eos_token_id=None)
     prompts = [list(range(40)), list(range(95, 78, -1))]
     drawn = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "seed": 3}
-    texts = []
+    texts, logprobs = [], []
     for kernels in (KernelSet.reference(), KernelSet.reference().replace(**swaps)):
         engine = make_engine(tmp_path, kernels, max_prefill_tokens=16)
         for prompt, options in zip(prompts, ({}, drawn), strict=True):
-            engine.add_request(prompt, max_tokens=3, **options)
-        outputs = {}
+            engine.add_request(prompt, max_tokens=3, logprobs=0, **options)
+        events = []
         while engine.has_work:
-            outputs |= {event.request_id: event.output.token_ids for event in engine.step() if event.output}
-        texts.append(outputs)
-    assert texts[0] == texts[1] and len(texts[0]) == 2
+            events += engine.step()
+        texts.append([(event.request_id, event.token_id) for event in events])
+        logprobs.append([event.logprobs.logprob for event in events])
+    assert texts[0] == texts[1] and len(texts[0]) == 6
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
