@@ -59,9 +59,9 @@ def telling_prompt(model, length: int) -> list[int]:
     raise AssertionError("no random prompt tells a right model from a wrong one")
 
 
-def generate(engine: InferenceEngine, prompts: list[list[int]], before_step=lambda step: None):
+def generate(engine: InferenceEngine, prompts: list[list[int]], before_step=lambda step: None, tokens: int = TOKENS):
     """Greedy outputs in order, `before_step(k)` being called before step k."""
-    ids = [engine.add_request(prompt, max_tokens=TOKENS) for prompt in prompts]
+    ids = [engine.add_request(prompt, max_tokens=tokens) for prompt in prompts]
     outputs, step = {}, 0
     while engine.has_work:
         before_step(step)
