@@ -18,6 +18,10 @@ if not torch.cuda.is_available():
 
 from microvllm.kernels import paged_attention
 
+from .interpreter import patch_once_a_launch
+
+patch_once_a_launch()
+
 
 @pytest.fixture
 def few_programs(monkeypatch):
