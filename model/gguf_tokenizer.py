@@ -6,12 +6,14 @@ transformers converts it too, in 6 s, without some pre-tokenizers, and with or w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # How each `tokenizer.ggml.pre` cuts a text into words before the merges (llama.cpp, src/llama-vocab.cpp).
 _QWEN2_WORDS = (
@@ -64,6 +66,9 @@ def build(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
             single=[bos, "$A"], special_tokens=[(bos, backend.token_to_id(bos))]
         )
     template = metadata.get("tokenizer.chat_template")
+    # Imported here: it takes over a second, for which what needs no text shall not wait.
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, chat_template=template)
 
 

@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from . import gguf_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -196,6 +198,9 @@ def _require_unicode(text: str, what: str) -> None:
 
 
 def _from_pretrained(folder: Path) -> PreTrainedTokenizerFast:
+    # Imported here: it takes over a second, for which what needs no text shall not wait.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     try:
         fast = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions for a file that it cannot parse
