@@ -5,15 +5,19 @@ unpunctual as the source allows: a copy by TMA spoils its destination at once an
 product reads its operands when it is waited for, after a pause in which others run on. Shared memory begins as NaN. So
 what is read too early or overwritten too soon gives wrong results, and what waits for nothing raises.
 
-Not emulated: layouts, registers, fences, whatever the compiler does. Only what our kernels call is there.
+Not emulated: layouts, registers, fences, whatever the compiler does, the kernels before and after, programs side by
+side. Only what our kernels call is there.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import math
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -31,10 +35,23 @@ def emulate(monkeypatch, module: ModuleType, multiprocessors: int) -> None:
         if isinstance(getattr(value, "fn", None), Callable):
             function = value.fn
             monkeypatch.setattr(module, name, _Kernel(function) if name.endswith("_kernel") else function)
-    for name, value in _NAMES.items():
-        monkeypatch.setattr(module, name, value)
+    for name, value in (_NAMES | {"_multiprocessors": lambda device: multiprocessors}).items():
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, value)
     device = SimpleNamespace(multi_processor_count=multiprocessors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+
+
+def plant(right: str, wrong: str, module: ModuleType, folder: Path) -> ModuleType:
+    """The module of kernels with a mistake planted in its source; the changed source is left in the folder."""
+    source = inspect.getsource(module)
+    assert right in source
+    path = folder / "planted.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("microvllm.kernels.planted", path)
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    return planted
 
 
 class _Kernel:
@@ -44,7 +61,7 @@ class _Kernel:
         self._function = function
 
     def __getitem__(self, grid: tuple[int]) -> Callable:
-        def launch(*args, num_warps: int, **constants) -> None:
+        def launch(*args, num_warps: int, maxnreg: int = 0, launch_pdl: bool = False, **constants) -> None:
             _program.count = grid[0]
             for _program.id in range(grid[0]):
                 self._function(*(_Pointer(x.view(-1)) if torch.is_tensor(x) else x for x in args), **constants)
@@ -55,6 +72,7 @@ class _Kernel:
 class _Pointer:
     def __init__(self, memory: torch.Tensor, at=0):
         self._memory, self._at = memory, torch.as_tensor(at)
+        self.dtype = SimpleNamespace(element_ty=memory.dtype)
 
     def __add__(self, offset) -> _Pointer:
         return _Pointer(self._memory, self._at + offset)
@@ -64,6 +82,15 @@ class _Pointer:
         inside = (at >= 0) & (at < len(self._memory))
         assert (inside | ~mask).all(), f"{at[mask & ~inside][0]} is outside of {len(self._memory)} elements"
         return self._memory, at.long(), mask
+
+
+class _Registers(torch.Tensor):
+    """What a product gives, and all that is computed of it: Gluon's `split` is not PyTorch's."""
+
+    type = SimpleNamespace(layout=None)
+
+    def split(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.unbind(-1)
 
 
 class _Shared:
@@ -157,24 +184,29 @@ class _Descriptor:
         self.block_type = SimpleNamespace(shape=shape, nbytes=math.prod(shape) * base.element_size())
 
 
-def _mma(a, b, acc: torch.Tensor, use_acc: bool = True, is_async: bool = False) -> SimpleNamespace:
+def _mma(a, b, acc, use_acc: bool = True, is_async: bool = False) -> SimpleNamespace:
+    """A product that has no value yet, and can be no more than another's acc before it is waited for."""
     assert is_async
 
     def multiply() -> torch.Tensor:
         left = a if torch.is_tensor(a) else a.load()
-        return left.float() @ b.load().float() + (acc if use_acc else 0)
+        return (left.float() @ b.load().float() + (_known(acc) if use_acc else 0)).as_subclass(_Registers)
 
-    product = SimpleNamespace(multiply=multiply, value=None)
+    product = SimpleNamespace(multiply=multiply)
     _thread.products.append(product)
     return product
 
 
-def _mma_wait(pending: int, deps: tuple):
+def _known(x):
+    return getattr(x, "value", x)
+
+
+def _mma_wait(pending: int, deps: tuple | list):
     while len(_thread.products) > pending:
         time.sleep(0.0005)
         product = _thread.products.pop(0)
         product.value = product.multiply()
-    known = tuple(getattr(x, "value", x) for x in deps)  # None of a product that was not waited for
+    known = tuple(map(_known, deps))
     return known if len(known) > 1 else known[0]
 
 
@@ -224,7 +256,7 @@ def _tensors(function: Callable) -> Callable:
 
 
 def _nothing(*args, **options) -> None:
-    """A layout, or a fence."""
+    """A layout, a fence, or the wait for the kernel before, which is over."""
 
 
 _GL = SimpleNamespace(
@@ -241,6 +273,7 @@ _GL = SimpleNamespace(
     where=_tensors(torch.where),
     minimum=_tensors(torch.minimum),
     maximum=_tensors(torch.maximum),
+    exp=torch.exp,
     exp2=torch.exp2,
     max=lambda x, axis: x.amax(axis),
     sum=lambda x, axis: x.sum(axis),
@@ -262,12 +295,14 @@ _NAMES = {
         MBarrierLayout=lambda: "mbarrier",
         init=lambda barrier, count: barrier.init(count),
         expect=lambda barrier, announced: barrier.arrive(announced),
-        arrive=lambda barrier: barrier.arrive(),
+        arrive=lambda barrier, pred=True: barrier.arrive() if pred else None,
         wait=lambda barrier, phase: barrier.wait(phase),
     ),
     "warpgroup_mma": _mma,
     "warpgroup_mma_wait": _mma_wait,
     "fence_async_shared": _nothing,
+    "gdc_launch_dependents": _nothing,
+    "gdc_wait": _nothing,
     "TensorDescriptor": SimpleNamespace(from_tensor=lambda base, shape, layout: _Descriptor(base, shape)),
     "_load": _load,
     "_view": lambda shared, dtype, shape, layout: _shared(shared.memory.view(-1), shape),

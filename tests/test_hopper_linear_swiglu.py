@@ -1,4 +1,6 @@
-"""What the Hopper kernel of gate, up and SwiGLU refuses, and who computes it then; tests/gpu checks what it takes."""
+"""The Hopper kernel of gate, up and SwiGLU in an emulator of what it runs on, which mistakes are seen there, what it
+refuses, and who computes it then; tests/gpu checks what it computes on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,43 @@ import torch
 from microvllm.kernels import hopper_linear_swiglu, linear_swiglu
 from microvllm.kernels.hopper_linear_swiglu import keeps_busy, refused_by_hopper
 from microvllm.kernels.linear import skinny_linear
-from microvllm.kernels.linear_swiglu import skinny_linear_swiglu
+from microvllm.kernels.linear_swiglu import OP, skinny_linear_swiglu
+from microvllm.kernels.op import Case
 from microvllm.kernels.swiglu import swiglu
+
+from .gluon_emulator import emulate, plant
+
+CASES = [
+    Case(tokens=70, intermediate=145, inputs=256),  # two tiles of the weight, one column in the last
+    Case(tokens=128, intermediate=576, inputs=256),  # whole tiles, one program has two of the four
+    Case(tokens=200, intermediate=700, inputs=320),  # two tiles of rows, and a step more than there are stages
+]
+
+
+def checked(module, monkeypatch, case: Case):
+    """Three programs, or for two tiles of rows one for each."""
+    emulate(monkeypatch, module, multiprocessors=3)
+    return OP.check(module.hopper_linear_swiglu, [case], dtypes=[torch.float16], device="cpu")
+
+
+class TestInTheEmulator:
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_it_is_as_right_as_the_reference(self, monkeypatch, case):
+        report = checked(hopper_linear_swiglu, monkeypatch, case)
+        assert report.ok, f"\n{report}"
+
+    @pytest.mark.parametrize(
+        "right, wrong",
+        [
+            pytest.param("warpgroup_mma_wait(2", "warpgroup_mma_wait(4", id="a stage given back before it is read"),
+            pytest.param("mbarrier.wait(empty.index(stage), phase)", "pass", id="a stage filled that is not free"),
+            pytest.param("[intermediate + gate + WIDE, column]", "[intermediate + gate, column]", id="another's up"),
+            pytest.param(" & (column < intermediate)[None, :]", "", id="more columns than there are"),
+        ],
+    )
+    def test_it_sees_a_mistake(self, monkeypatch, tmp_path, right, wrong):
+        planted = plant(right, wrong, hopper_linear_swiglu, tmp_path)
+        assert not all(checked(planted, monkeypatch, case).ok for case in CASES)
 
 
 @pytest.fixture

@@ -4,9 +4,6 @@ does not take; tests/gpu checks what it computes on a GPU.
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-
 import pytest
 import torch
 from microvllm.kernels import hopper_prefill
@@ -14,7 +11,7 @@ from microvllm.kernels.hopper_prefill import refused_by_hopper
 from microvllm.kernels.op import Case
 from microvllm.kernels.prefill_attention import OP
 
-from .gluon_emulator import emulate
+from .gluon_emulator import emulate, plant
 
 RAGGED = Case(prompts=3, query=140, shortest=0, heads=2, kv_heads=1, head_dim=128, block_size=16, prefix=250)
 LONG = Case(prompts=1, query=130, heads=1, kv_heads=1, head_dim=64, block_size=256, prefix=400)
@@ -25,7 +22,6 @@ def checked(module, monkeypatch, case: Case):
     return OP.check(module.hopper_prefill, [case], dtypes=[torch.float16], device="cpu")
 
 
-@pytest.mark.usefixtures("one_thread")
 class TestInTheEmulator:
     @pytest.mark.parametrize("case", [RAGGED, LONG], ids=str)
     def test_it_is_as_right_as_the_reference(self, monkeypatch, case):
@@ -64,13 +60,7 @@ class TestInTheEmulator:
         ],
     )
     def test_it_sees_a_mistake(self, monkeypatch, tmp_path, right, wrong):
-        source = inspect.getsource(hopper_prefill)
-        assert right in source
-        path = tmp_path / "planted.py"
-        path.write_text(source.replace(right, wrong))
-        spec = importlib.util.spec_from_file_location("microvllm.kernels.planted", path)
-        planted = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(planted)
+        planted = plant(right, wrong, hopper_prefill, tmp_path)
         assert not all(checked(planted, monkeypatch, case).ok for case in (RAGGED, LONG))
 
 
