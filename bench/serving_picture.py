@@ -42,11 +42,12 @@ def serving_figure(record: dict[str, Any]) -> Any:
         throughput.legend(frameon=False, fontsize=7)
     throughput.set_title("output tokens/s", fontsize=9)
     for axes in (*panels, throughput):
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else range(1, 10), numticks=20))
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
-        axes.yaxis.set_minor_locator(NullLocator())
+        if axes.dataLim.ymax > 0:  # a latency of short answers that came at once is 0
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else range(1, 10), numticks=20))
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xticks(range(len(points)), [f"{point['case']}\n{point['about']}" for point in points])
         axes.set_xlabel("case, prompt / output tokens", fontsize=7)
         axes.margins(x=0.15)
