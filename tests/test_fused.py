@@ -6,6 +6,7 @@ import pytest
 import torch
 from microvllm import InferenceEngine, KernelSet
 from microvllm.kernels import norm_gate_up_swiglu, norm_linear, norm_qkv_rotary_store_kv
+from microvllm.kernels.kernel_set import OPS
 from microvllm.kernels.linear_add import skinny_linear_add
 from microvllm.kernels.linear_add_norm import skinny_linear_add_norm
 from microvllm.kernels.linear_swiglu import skinny_linear_swiglu
@@ -151,6 +152,41 @@ def test_a_replaced_rotary_store_kv_is_what_the_model_runs(tmp_path, architectur
     assert texts[0] == texts[1]
     shapes = [((tokens, 4), (tokens, 2, 8), (tokens, 2, 8)) for tokens in (3, 1, 1)]
     assert calls == [shape for shape in shapes for _ in range(2)]  # two layers: a prompt and two tokens
+
+
+@pytest.mark.parametrize(
+    "op, calls",
+    [
+        ("rms_norm", 5),  # two layers: four norms, and the last one
+        ("linear", 9),
+        ("linear_add", 4),
+        ("linear_add_norm", 4),
+        ("swiglu", 2),
+        ("linear_swiglu", 2),
+        ("norm_gate_up_swiglu", 2),
+        ("norm_qkv_rotary_store_kv", 2),
+    ],
+)
+@pytest.mark.parametrize("base", ["reference", "one row"])
+def test_whatever_is_replaced_is_what_every_step_runs(tmp_path, op, calls, base):
+    """Also where fused kernels are there for one row alone, so that a prompt is computed otherwise than a decode."""
+    save_folder(tmp_path, eos_token_id=None)
+    kernels = KernelSet.reference()
+    if base == "one row":
+        kernels = kernels.replace(norm_gate_up_swiglu="triton", norm_qkv_rotary_store_kv="triton")
+    rows = []
+
+    def counting(x, *rest):
+        rows.append(len(x))
+        return OPS[op].reference(x, *rest)
+
+    texts = []
+    for swapped in (KernelSet.reference(), kernels.replace(**{op: counting})):
+        engine = InferenceEngine(str(tmp_path), kernels=swapped, device="cpu", num_blocks=8, progress=False)
+        texts.append(engine.generate([1, 2, 3], max_tokens=3)[0].token_ids)
+    assert texts[0] == texts[1]
+    head = int(op == "linear")  # it reads a prompt's last token alone
+    assert sorted(rows) == [1] * (2 * calls + head) + [3] * (calls - head)
 
 
 def test_gates_and_ups_are_as_many():
