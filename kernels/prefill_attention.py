@@ -410,6 +410,7 @@ OP = Op(
         Case(prompts=2, query=66, shortest=5, heads=16, kv_heads=1, head_dim=64, block_size=128, prefix=130),
         Case(prompts=2, query=90, shortest=1, heads=2, kv_heads=1, head_dim=256, block_size=256, prefix=200),
         Case(prompts=2, query=0, heads=2, kv_heads=1, head_dim=64, block_size=16, prefix=9),
+        Case(prompts=2, query=300, shortest=230, heads=1, kv_heads=1, head_dim=128, block_size=32, prefix=40),
     ),
     large_cases=(
         *(Case(prompts=1, query=n, **_QWEN2_7B, block_size=256) for n in (512, 1024, 2048, 4096, 16384)),
