@@ -14,6 +14,7 @@ import uvicorn
 
 from ..cli_options import load_engine
 from .app import make_app
+from .patience import PatientProtocol
 
 DEATH_SECONDS = 5.0
 """How long /health says that the engine is dead before the process ends, so that whoever watches it sees why."""
@@ -112,7 +113,7 @@ def _server(options: argparse.Namespace, listener: socket.socket) -> Server:
     names = options.served_model_name or [options.model]
     config = uvicorn.Config(
         make_app(engine, names, api_keys=options.api_key, allowed_origins=options.allowed_origins),
-        http="h11",  # it bounds the size of headers
+        http=PatientProtocol,  # h11, which it speaks, bounds the size of headers
         ws="none",
         lifespan="on",
         server_header=False,

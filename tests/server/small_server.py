@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from microvllm import InferenceEngine
 from microvllm.engine.async_engine import AsyncEngine
 from microvllm.engine.server.app import make_app
+from microvllm.engine.server.patience import PatientProtocol
 
 from ..test_engine import assert_at_rest
 
@@ -86,7 +87,9 @@ def serving(engine: InferenceEngine, **options: Any) -> Iterator[SmallServer]:
         listener.bind(("127.0.0.1", 0))
         # What a client does not read is soon felt here.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        server = uvicorn.Server(uvicorn.Config(app, http="h11", log_level="error", timeout_graceful_shutdown=1))
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=PatientProtocol, log_level="error", timeout_graceful_shutdown=1)
+        )
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()
         while not server.started:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from microvllm.engine.outputs import RequestOutput
-from microvllm.engine.server import events
+from microvllm.engine.server import events, patience
 
 from ..stalls import Stalls
 from .small_server import SmallServer, send, serving
@@ -45,6 +45,37 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_step(make_engine, path, 
             connection.close()
             server.assert_comes_to_rest(0.5)  # to their ends they would take a second
         server.assert_serves()
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.9], ids=["nothing", "in the head", "in the body"])
+@pytest.mark.parametrize("drips", [False, True])
+def test_a_request_that_does_not_arrive_is_waited_for_so_long_and_no_longer(make_engine, monkeypatch, part, drips):
+    monkeypatch.setattr(patience, "SECONDS", 0.4)
+    with serving(make_engine()) as server:
+        start = time.monotonic()
+        with server.connect("/generate", {"prompt": "a" * 200, "max_tokens": 3}, part) as connection:
+            connection.settimeout(0.05)
+            ended = False
+            while not ended and time.monotonic() < start + 3:
+                try:
+                    if drips and part:
+                        connection.sendall(b"a")
+                    ended = connection.recv(100) == b""
+                except TimeoutError:
+                    server.assert_serves()
+                except ConnectionError:
+                    ended = True
+        assert ended and time.monotonic() - start > 0.35
+
+
+def test_an_answer_may_take_longer_than_its_request_may(make_engine, monkeypatch):
+    monkeypatch.setattr(patience, "SECONDS", 0.2)
+    with serving(make_engine()) as server:
+        server.slow_down(0.05)
+        for _ in range(2):  # on one connection
+            answer = server.post("/generate", {"prompt": "hello", "max_tokens": 10, "ignore_eos": True})
+            assert len(answer.json()["token_ids"]) == 10
+        assert answer.elapsed.total_seconds() > 0.3
 
 
 def test_a_thousand_clients_that_leave_at_random_moments(make_engine):
