@@ -104,10 +104,14 @@ class KernelSet:
     def __setattr__(self, name, value):
         raise AttributeError(f"a KernelSet cannot change; use kernels.replace({name}=...)")
 
-    def is_fused(self, op: str, rows: int) -> bool:
-        """Whether one implementation computes the fused operator for so many rows, and not its parts."""
-        implementation = self._chosen[op][1]
-        return implementation is not None and (implementation.most_rows is None or rows <= implementation.most_rows)
+    def runs(self, part: str, of: str, rows: int) -> bool:
+        """Whether the fused operator `of` calls its part, or a part's part, by itself for so many rows: it is composed
+        then, and so is whatever stands between the two.
+        """
+        implementation = self._chosen[of][1]
+        if implementation is not None and (implementation.most_rows is None or rows <= implementation.most_rows):
+            return False
+        return any(own == part or self.runs(part, own, rows) for own in OPS[of].parts)
 
     @property
     def names(self) -> Mapping[str, str]:

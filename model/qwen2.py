@@ -42,6 +42,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, kernels: KernelSet):
         super().__init__()
         self.config, self.kernels = config, kernels
+        self.product = read_by(config)["qkv_weight"]
         self.norm = _weight(config.hidden_size)
         width = config.head_dim * (config.num_heads + 2 * config.num_kv_heads)
         self.qkv_weight = _weight(width, config.hidden_size)
@@ -53,7 +54,7 @@ class Attention(nn.Module):
 
     def norm_ahead(self, tokens: int) -> torch.Tensor | None:
         """The weight of its norm, which is then computed before; None where the qkv product's kernel computes it."""
-        return None if self.kernels.is_fused(read_by(self.config)["qkv_weight"], tokens) else self.norm
+        return self.norm if self.kernels.runs("rms_norm", self.product, tokens) else None
 
     def forward(
         self,
@@ -112,7 +113,7 @@ class MLP(nn.Module):
 
     def norm_ahead(self, tokens: int) -> torch.Tensor | None:
         """As Attention's, for the gate and up product."""
-        return None if self.kernels.is_fused("norm_gate_up_swiglu", tokens) else self.norm
+        return self.norm if self.kernels.runs("rms_norm", "norm_gate_up_swiglu", tokens) else None
 
     def forward(self, x: torch.Tensor, normed: torch.Tensor | None) -> torch.Tensor:
         """x and its norm [tokens, hidden], or None as `norm_ahead` says → [tokens, intermediate]"""

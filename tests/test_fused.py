@@ -165,13 +165,15 @@ def test_a_replaced_rotary_store_kv_is_what_the_model_runs(tmp_path, architectur
         ("linear_swiglu", 2),
         ("norm_gate_up_swiglu", 2),
         ("norm_qkv_rotary_store_kv", 2),
+        ("norm_linear", 2),
+        ("rotary_store_kv", 2),
     ],
 )
-@pytest.mark.parametrize("base", ["reference", "one row"])
+@pytest.mark.parametrize("base", ["reference", "one row", "CPU"])
 def test_whatever_is_replaced_is_what_every_step_runs(tmp_path, op, calls, base):
     """Also where fused kernels are there for one row alone, so that a prompt is computed otherwise than a decode."""
     save_folder(tmp_path, eos_token_id=None)
-    kernels = KernelSet.reference()
+    kernels = KernelSet.default("cpu") if base == "CPU" else KernelSet.reference()
     if base == "one row":
         kernels = kernels.replace(norm_gate_up_swiglu="triton", norm_qkv_rotary_store_kv="triton")
     rows = []

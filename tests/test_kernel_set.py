@@ -251,13 +251,17 @@ def test_more_rows_than_a_fused_kernel_is_made_for_are_composed(monkeypatch):
     assert calls == [0, 1]
 
 
-def test_a_set_says_for_how_many_rows_a_fused_operator_is_one_kernel(monkeypatch):
+def test_a_set_says_for_how_many_rows_a_part_is_called_by_itself(monkeypatch):
     few = Implementation(OPS["norm_linear"].reference, most_rows=2)
     monkeypatch.setitem(OPS["norm_linear"].implementations, "triton", few)
     kernels = KernelSet.reference().replace(norm_linear="triton")
-    assert [kernels.is_fused("norm_linear", rows) for rows in (1, 2, 3)] == [True, True, False]
-    assert kernels.replace(norm_linear=OPS["norm_linear"].reference).is_fused("norm_linear", 1000)
-    assert not kernels.replace(rms_norm=rms_norm_reference).is_fused("norm_linear", 1)
+    assert [kernels.runs("rms_norm", "norm_linear", rows) for rows in (1, 2, 3)] == [False, False, True]
+    assert not kernels.replace(norm_linear=OPS["norm_linear"].reference).runs("rms_norm", "norm_linear", 1000)
+    assert kernels.replace(rms_norm=rms_norm_reference).runs("rms_norm", "norm_linear", 1)
+    # Composed, of a part that is fused up to two rows.
+    kernels = kernels.replace(rotary_store_kv=OPS["rotary_store_kv"].reference)
+    assert [kernels.runs("rms_norm", "norm_qkv_rotary_store_kv", rows) for rows in (2, 3)] == [False, True]
+    assert not kernels.runs("swiglu", "norm_qkv_rotary_store_kv", 3)
 
 
 def test_weights_of_a_fused_operator_are_prepared_as_what_runs_reads_them():
