@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from microvllm.kernels import (
     append_attention,
+    hopper_prefill,
     linear_add,
     linear_add_norm,
     linear_swiglu,
     norm_gate_up_swiglu,
     norm_linear,
     norm_qkv_rotary_store_kv,
+    prefill_attention,
     rms_norm,
     rotary,
     sampling,
@@ -320,6 +322,20 @@ def _vllm_rotary_store_kv(*, q, k, v, cos, sin, positions, k_cache, v_cache, slo
     return run
 
 
+def _bound(kernel: Callable) -> Callable[..., Callable[[], Any]]:
+    """As a peer binds a kernel that takes what the operator's reference does."""
+    return lambda **inputs: partial(kernel, **inputs)
+
+
+def _needs_hopper() -> str | None:
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return None if hopper else "for GPUs of compute capability 9.0"
+
+
+def _refused_by_hopper(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **rest: Any) -> str | None:
+    return hopper_prefill.refused_by_hopper(q, k_cache, v_cache)
+
+
 def _unfused(op: Op) -> Peer:
     """Our own kernels for its parts, one after the other."""
 
@@ -407,6 +423,8 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "prefill_attention": (
         Peer("flash-attn 2", _flash_attn_prefill, _FLASH_ATTN, partial(_refuses_cache, pages=256)),
         Peer("FA3 (vLLM)", _fa3_prefill, _VLLM, _refuses_cache),
+        Peer("ours, any GPU", _bound(prefill_attention.prefill_on_any_gpu)),
+        Peer("ours, Hopper", _bound(hopper_prefill.hopper_prefill), _needs_hopper, _refused_by_hopper),
     ),
     "linear": (Peer("cuBLAS", _cublas),),
     "norm_linear": (_unfused(norm_linear.OP),),

@@ -26,11 +26,9 @@ REFERENCE_SCORES = 1 << 27
 
 HOPPER_FROM = {64: (2049, 256), 128: (513, 64)}
 """By head size, the tokens of all chunks together, and of a chunk on average, from which on the Hopper kernel computes
-them: its tiles have 128 queries, and of short chunks most are empty. On an H100 the kernel for all GPUs took, as a
-multiple of its time: 1.35 for 600 tokens of 128-wide heads, 1.15 for five chunks of 148 to 900, 0.81 for 300 tokens,
-0.46 for 64 chunks of 32; and of 64-wide heads 1.23 for 2048 tokens, 0.71 for the five chunks and for 64 of 100. The
-longest chunk does not count: a captured prefill allows for one of all its tokens, and shall have the bits of the same
-one uncaptured."""
+them: its tiles have 128 queries, of which short chunks leave most empty. `python -m bench.kernels prefill_attention`
+times both kernels on either side of it. The longest chunk does not count: a captured prefill allows for one of all its
+tokens, and shall have the bits of the same one uncaptured."""
 
 
 def prefill_attention_reference(
@@ -238,9 +236,7 @@ def prefill_attention(
     max_query_len, queries may stay unwritten. ValueError for dtypes and shapes that do not fit each other, and for a
     scale that is not positive.
     """
-    tokens, heads, head_dim = q.shape
-    chunks = len(context_lens)
-    _, block_size, kv_heads, _ = k_cache.shape
+    (tokens, _, head_dim), chunks = q.shape, len(context_lens)
     _require(q.dtype in OP.dtypes, f"it computes in float16, bfloat16 and float32, not in {q.dtype}")
     _require(
         k_cache.dtype == v_cache.dtype == q.dtype,
@@ -256,14 +252,32 @@ def prefill_attention(
     _require(scale > 0, f"the scale must be positive, and is {scale}")
 
     if _is_for_hopper(tokens, chunks, head_dim, q.device) and refused_by_hopper(q, k_cache, v_cache) is None:
-        where = (block_table, query_start, context_lens, max_query_len, max_context_len)
-        return hopper_prefill(q, k_cache, v_cache, *where, scale)
+        compute = hopper_prefill
+    else:
+        compute = prefill_on_any_gpu
+    return compute(q, k_cache, v_cache, block_table, query_start, context_lens, max_query_len, max_context_len, scale)
+
+
+def prefill_on_any_gpu(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    max_query_len: int,
+    max_context_len: int,
+    scale: float,
+) -> torch.Tensor:
+    """As `prefill_attention`, of what that has checked, by the kernel for all GPUs."""
+    tokens, heads, head_dim = q.shape
+    _, block_size, kv_heads, _ = k_cache.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
     launch = _launch(head_dim, q.element_size(), block_size, max_query_len, _shared_memory(q.device))
     # Programs start in the order of the first axis: all heads and chunks with their longest block, then the next.
-    _prefill_attention_kernel[(heads * chunks, triton.cdiv(max_query_len, launch["BLOCK_M"]))](
+    _prefill_attention_kernel[(heads * len(context_lens), triton.cdiv(max_query_len, launch["BLOCK_M"]))](
         q,
         k_cache,
         v_cache,
@@ -418,5 +432,12 @@ OP = Op(
         Case(prompts=1, query=4096, **_QWEN2_HALF_B, block_size=256),
         Case(prompts=1, query=2048, **_QWEN2_7B, block_size=256, prefix=6144),
         Case(prompts=35, query=512, shortest=128, **_QWEN2_7B, block_size=256),
+        # Near HOPPER_FROM.
+        Case(prompts=1, query=300, **_QWEN2_7B, block_size=256),
+        Case(prompts=1, query=640, **_QWEN2_7B, block_size=256),
+        Case(prompts=64, query=32, **_QWEN2_7B, block_size=256),
+        Case(prompts=64, query=100, **_QWEN2_7B, block_size=256),
+        Case(prompts=1, query=2048, **_QWEN2_HALF_B, block_size=256),
+        Case(prompts=5, query=900, shortest=148, **_QWEN2_HALF_B, block_size=256),
     ),
 )

@@ -29,6 +29,7 @@ def test_what_is_not_installed_says_so(package, monkeypatch):
         "cuBLAS",
         "cuBLAS, rms_norm",
         "cuBLAS, swiglu",
+        "ours, any GPU",
         "torch.compile",
         "unfused",
     }
