@@ -44,10 +44,13 @@ COMPILERS = 12
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is varied: the launch that the module's function `chooser` returns, for the cases that the sweep serves."""
+    """What is varied: the launch that the module's function `chooser` returns, for the cases that the sweep serves.
+
+    kernel: an implementation's name, or a function
+    """
 
     op: Op
-    kernel: str
+    kernel: str | Callable
     module: ModuleType
     chooser: str
     launches: tuple[Launch, ...]
@@ -63,7 +66,7 @@ class Sweep:
         kept = getattr(self.module, self.chooser)
         setattr(self.module, self.chooser, lambda *sizes: dict(launch))
         try:
-            yield self.op.choose(self.kernel).function
+            yield self.op.choose(self.kernel).function if isinstance(self.kernel, str) else self.kernel
         finally:
             setattr(self.module, self.chooser, kept)
 
@@ -125,6 +128,11 @@ def _prefill() -> tuple[Launch, ...]:
     return tuple(dict(zip(names, tile, strict=True)) for tile in tiles)
 
 
+def _narrow_rows(op: Op) -> Sweep:
+    launches = grid(BLOCK_ROWS=(1, 2, 4, 8), BLOCK_HIDDEN=(1024,), num_warps=(1, 2, 4, 8))
+    return Sweep(op, "triton", rms_norm, "_launch", launches, lambda case: case.sizes["hidden"] == 896)
+
+
 SWEEPS: dict[str, tuple[Sweep, ...]] = {
     "paged_attention": (
         _attention(range(2), (256, 32), (256, 64), (384, 32)),
@@ -132,7 +140,15 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
         _attention(range(17, 65), (0, 128), (280, 256), (420, 256), (560, 256), (840, 256), (1120, 256)),
         _attention(range(65, 1024), (0, 128), (640, 512), (1120, 512)),
     ),
-    "prefill_attention": (Sweep(prefill_attention.OP, "triton", prefill_attention, "_launch", _prefill()),),
+    "prefill_attention": (
+        Sweep(
+            prefill_attention.OP,
+            prefill_attention.prefill_on_any_gpu,
+            prefill_attention,
+            "_launch",
+            _prefill(),
+        ),
+    ),
     "linear": (
         Sweep(
             linear.OP,
@@ -181,7 +197,9 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
             grid(BLOCK_ROWS=(1, 2), BLOCK_HIDDEN=(4096,), num_warps=(4, 8, 16)),
             lambda case: case.sizes["hidden"] == 3584,
         ),
+        _narrow_rows(rms_norm.OP),
     ),
+    "add_rms_norm": (_narrow_rows(rms_norm.ADD_OP),),
     "swiglu": (Sweep(swiglu.OP, "triton", swiglu, "_launch", grid(BLOCK=(1024, 2048), num_warps=(2, 4, 8))),),
 }
 

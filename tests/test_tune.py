@@ -17,6 +17,7 @@ SMALL = {
     "linear_swiglu": Case(tokens=3, intermediate=70, inputs=264),
     "norm_gate_up_swiglu": Case(tokens=1, intermediate=5, inputs=264),
     "rms_norm": Case(tokens=3, hidden=37),
+    "add_rms_norm": Case(tokens=3, hidden=37),
     "swiglu": Case(tokens=3, intermediate=96),
 }
 
