@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/demo
 	$(BIN)/micro-vllm generate --model smollm2 --chat --max-tokens 96 "What does a GPU do? Answer in two sentences."
 
-# A process for each core, up to four, for each takes 2 GB. One that has nothing left takes half of what another has.
+# A process for each core, up to four, for each takes gigabytes. One that has nothing left takes half of what another has.
 test: $(VENV)/dev
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 

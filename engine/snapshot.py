@@ -13,7 +13,7 @@ FREE, CACHED, SHARED, FIRST_OWNER = range(4)
 """States of a block in `EngineSnapshot.block_states`."""
 
 WAITING_SHOWN = 32
-"""Requests that wait may be a thousand, and each costs the engine's thread a microsecond."""
+"""Requests that wait may be a thousand, and each costs the engine's thread some time."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ Source: Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3): specialised warps
 the values of the one before it, whose product covers the softmax.
 
 Plain Triton 3.6 cannot say this: on Hopper the 8 warps of a program cross common barriers in every tile, so that all
-multiply at once and then all compute their softmax at once, while the tensor cores wait. On an H100 this takes 0.70 to
-0.77 of the time for prompts of 2048 to 16384 tokens. The paper's turns of the warpgroups at the tensor cores, which in
-Gluon are barriers in shared memory, were slower by up to 7 %, and so was one barrier for K and V together.
+multiply at once and then all compute their softmax at once, while the tensor cores wait. `python -m bench.kernels
+prefill_attention` times both kernels. The paper's turns of the warpgroups at the tensor cores, which in Gluon are
+barriers in shared memory, were slower, and so was one barrier for K and V together.
 """
 
 from __future__ import annotations

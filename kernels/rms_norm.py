@@ -110,7 +110,7 @@ def _launch(rows: int, hidden: int, adds: bool) -> dict[str, int]:
     # loads a thread keep more under way, and a warp that has a row to itself needs no barrier.
     few = rows * block <= 2**20
     if block == 1024 and not few:
-        # 4096 rows of 896 on an H100: 5.97 µs, and with a residual 7.93. One row and one warp take 7.58 and about 8.6.
+        # 4096 rows of 896: several a program, as `python -m bench.tune rms_norm add_rms_norm` compares them.
         block_rows, num_warps = (4, 2) if adds else (2, 4)
     elif block >= 1024:
         block_rows, num_warps = 1, min(16, block // (256 if few else 1024))

@@ -10,7 +10,7 @@ from .responses import EngineView, RequestView
 
 
 def view_body(snapshot: EngineSnapshot) -> EngineView:
-    """1 to 2 ms for 20,000 blocks and 256 requests: not on the event loop."""
+    """Milliseconds where there are many blocks and requests: not on the event loop."""
     stats, states = snapshot.stats, snapshot.block_states()
     return EngineView(
         clock=snapshot.clock,
