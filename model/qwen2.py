@@ -42,7 +42,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, kernels: KernelSet):
         super().__init__()
         self.config, self.kernels = config, kernels
-        self.product = read_by(config)["qkv_weight"]
+        self.reader = read_by(config)["qkv_weight"]
         self.norm = _weight(config.hidden_size)
         width = config.head_dim * (config.num_heads + 2 * config.num_kv_heads)
         self.qkv_weight = _weight(width, config.hidden_size)
@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
     def norm_ahead(self, tokens: int) -> torch.Tensor | None:
         """The weight of its norm, which is then computed before; None where the qkv product's kernel computes it."""
-        return self.norm if self.kernels.runs("rms_norm", self.product, tokens) else None
+        return self.norm if self.kernels.runs("rms_norm", self.reader, tokens) else None
 
     def forward(
         self,
