@@ -113,7 +113,7 @@ class Measurement(Finding):
         if clocks := [clock for row in timed for clock in row.clock or ()]:
             notes[f"clock of the multiprocessors: {min(clocks)} to {max(clocks)} MHz"] = None
         elif timed:
-            notes["clock of the multiprocessors: not known (pip install nvidia-ml-py)"] = None
+            notes["clock of the multiprocessors: not known (nvidia-ml-py is missing, or cannot read it)"] = None
         return Table(f"{self.operator}: {self.kernel}", head, tuple(lines), notes=tuple(f"  {note}" for note in notes))
 
     def record(self) -> dict[str, Any]:

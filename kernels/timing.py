@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -60,11 +61,11 @@ class Clock:
         self._device, self._megahertz = device, []
 
     def read(self) -> None:
-        """Over the driver's last sample period. Without the package nvidia-ml-py there is nothing to read."""
-        try:
+        """Over the driver's last sample period. Whatever keeps it from being read costs no measurement: the package
+        nvidia-ml-py is missing, or the driver's library fails, whose errors that package defines.
+        """
+        with suppress(Exception):
             self._megahertz.append(torch.cuda.clock_rate(self._device))
-        except ModuleNotFoundError:
-            return
 
     @property
     def range(self) -> tuple[int, int] | None:

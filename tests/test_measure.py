@@ -94,7 +94,7 @@ def test_the_table_has_aligned_columns_and_says_what_was_not_timed():
         "  other: not installed (other)",
         "  cuBLAS: failed: RuntimeError: no",
         "  tokens=4096: failed: MeasurementError: wrong",
-        "  clock of the multiprocessors: not known (pip install nvidia-ml-py)",
+        "  clock of the multiprocessors: not known (nvidia-ml-py is missing, or cannot read it)",
     ]
 
 
@@ -152,11 +152,12 @@ class TestClock:
         assert str(measurement).splitlines()[-1] == "  clock of the multiprocessors: 1755 to 1980 MHz"
         assert measurement.record()["points"][0]["clock"] == (1755, 1980)
 
-    def test_without_the_package_that_reads_it_it_is_not_known(self, monkeypatch):
-        def missing(device):
-            raise ModuleNotFoundError("nvidia-ml-py")
+    @pytest.mark.parametrize("error", [ModuleNotFoundError, RuntimeError, type("NVMLError", (Exception,), {})])
+    def test_where_it_cannot_be_read_it_is_not_known(self, monkeypatch, error):
+        def unreadable(device):
+            raise error
 
-        monkeypatch.setattr(torch.cuda, "clock_rate", missing)
+        monkeypatch.setattr(torch.cuda, "clock_rate", unreadable)
         clock = Clock(CPU)
         clock.read()
         assert clock.range is None
