@@ -20,6 +20,7 @@ from microvllm.kernels.kernel_set import OPS, STANDALONE
 from microvllm.kernels.measure import Peer, default_dtype, in_a_line, measure_case
 from microvllm.kernels.measurement import Measurement, Row
 from microvllm.kernels.op import Case, Op
+from microvllm.kernels.origin import device_name
 from microvllm.kernels.roof import measure_roof
 from microvllm.kernels.timing import Timing
 
@@ -118,7 +119,7 @@ def bench(op: Op, kernel: str, dtype: torch.dtype, peers: tuple[Peer, ...]) -> l
     for i, case in enumerate(op.large_cases, 1):
         rows.append(measured(op, kernel, case, dtype, peers))
         print(f"[{i}/{len(op.large_cases)}] {op.name} {case}: {in_short(rows[-1])}", flush=True)
-    measurement = Measurement(op.name, kernel, tuple(rows))
+    measurement = Measurement(op.name, kernel, tuple(rows), device_name())
     print(f"\n{time.perf_counter() - start:.0f} s\n{measurement}\n", flush=True)
     names = list(dict.fromkeys(peer.name for peer in peers))
     short = str(dtype).removeprefix("torch.")

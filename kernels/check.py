@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .op import Case, Implementation, Op, needs_gpu
+from .origin import device_name
 from .poison import PoisonedAllocations, bounds_kept, copy_amid_poison, is_poison, moved_to, poison
 from .report import (
     CHANGED,
@@ -89,8 +90,9 @@ def check(
         results.append(replace(result, reproduce=f"{call}, {arguments}{elsewhere}, seed={seed})"))
         if RAISED in result.verdict and not _works(device):
             break  # an illegal access ends all use of the GPU by this process
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-    return Report(f"{op.name}, {name}, on {where}", tuple(results))
+    made_on = device_name(device)
+    where = made_on if device.type == "cuda" else device
+    return Report(f"{op.name}, {name}, on {where}", tuple(results), made_on)
 
 
 def _check_case(

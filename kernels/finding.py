@@ -85,12 +85,15 @@ class Finding(ABC):
     kind: str
     """What the JSON is called: "check", "measurement", "comparison"."""
 
+    device: str
+    """The name of what it was made on, which need not be the GPU that there is."""
+
     @abstractmethod
     def table(self) -> Table: ...
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """All that was found, in what JSON knows."""
+        """All that was found, and on which device, in what JSON knows."""
 
     @abstractmethod
     def plot(self) -> Any:
@@ -105,7 +108,7 @@ class Finding(ABC):
     def save(self, path: str | Path) -> Path:
         """Writes it as JSON, with the date, the device, the versions, the commit and the command → the path."""
         path = Path(path)
-        content = {"kind": self.kind, **self.record(), **origin()}
+        content = {**origin(), "kind": self.kind, **self.record()}
         path.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
         return path
 

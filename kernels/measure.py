@@ -21,6 +21,7 @@ import torch
 from .check import Expected, check, equal_bits
 from .measurement import Measurement, Row
 from .op import Case, Cost, Implementation, Op
+from .origin import device_name
 from .poison import once, poison
 from .report import dtype_name
 from .roof import Roof, measure_roof
@@ -93,7 +94,7 @@ def measure(
     """
     options = {"dtype": dtype, "device": gpu(device), "peers": tuple(peers), "seed": seed}
     rows = [measure_case(op, kernel, case, **options) for case in (op.large_cases if cases is None else cases)]
-    return Measurement(op.name, kernel_name(kernel), tuple(rows))
+    return Measurement(op.name, kernel_name(kernel), tuple(rows), device_name(options["device"]))
 
 
 def measure_case(

@@ -87,6 +87,7 @@ class Measurement(Finding):
     operator: str
     kernel: str
     rows: tuple[Row, ...]
+    device: str
 
     def table(self) -> Table:
         names = list(dict.fromkeys(name for row in self.rows for name in row.peers))
@@ -120,6 +121,7 @@ class Measurement(Finding):
         return {
             "operator": self.operator,
             "kernel": self.kernel,
+            "device": self.device,
             "dtype": dtype_name(self.rows[0].dtype) if self.rows else None,
             "roof": asdict(self.rows[0].roof) if self.rows else None,
             "points": [row.record() for row in self.rows],
@@ -129,7 +131,7 @@ class Measurement(Finding):
         """Times against size or context, beside the peers and the roof."""
         if not self.rows:
             raise ValueError(f"{self.operator}: nothing was measured, and there is nothing to draw")
-        return figure_of({**self.record(), **origin()})
+        return figure_of({**origin(), **self.record()})
 
 
 def _digits(x: float) -> str:

@@ -76,6 +76,7 @@ class Report(Finding):
 
     title: str
     results: tuple[Result, ...]
+    device: str
 
     @property
     def ok(self) -> bool:
@@ -112,7 +113,8 @@ class Report(Finding):
         )
 
     def record(self) -> dict[str, Any]:
-        return {"title": self.title, "ok": self.ok, "results": [result.record() for result in self.results]}
+        results = [result.record() for result in self.results]
+        return {"title": self.title, "device": self.device, "ok": self.ok, "results": results}
 
     def plot(self) -> Any:
         """Each case's error as a share of what is allowed, in each dtype; what cannot be drawn stands in words."""

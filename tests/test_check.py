@@ -10,6 +10,7 @@ import pytest
 import torch
 from microvllm.kernels import paged_attention, rms_norm
 from microvllm.kernels.op import Case, Implementation, Op, needs_gpu
+from microvllm.kernels.origin import device_name
 from microvllm.kernels.paged_attention import paged_attention_reference
 from microvllm.kernels.report import Report
 from microvllm.kernels.rms_norm import rms_norm_reference
@@ -577,7 +578,7 @@ class TestReport:
     def test_in_a_notebook_with_all_text_escaped(self):
         html = judge(NORM, lambda *inputs: norm(*inputs) * 2, ROWS)._repr_html_()
         assert "rms_norm, kernel, on cpu: 0 right, 1 wrong" in html and "again: rms_norm.OP.check(kernel, [" in html
-        html = Report("<script>", ()).table().html()
+        html = Report("<script>", (), "cpu").table().html()
         assert "&lt;script&gt;" in html and "<script" not in html
 
     def test_as_json(self, tmp_path):
@@ -593,11 +594,18 @@ class TestReport:
             first["verdict"] == "NaN" and first["error"] is None and first["reproduce"].startswith("rms_norm.OP.check")
         )
 
+    def test_a_check_on_the_cpu_is_saved_as_made_there_beside_a_gpu(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+        report = judge(NORM, norm, ROWS, dtypes=[HALF])
+        saved = json.loads(report.save(tmp_path / "r.json").read_text())
+        assert saved["device"] == report.device == device_name(torch.device("cpu")) != device_name() == "a GPU"
+
     def test_as_a_picture(self):
         wrong = judge(NORM, lambda *inputs: norm(*inputs) * 1.1, ROWS, dtypes=[HALF])
         right = judge(NORM, norm, ROWS, Case(tokens=0, hidden=8), dtypes=[HALF])
         broken = judge(NORM, nan_in_one_place, ROWS, dtypes=[HALF])
-        (axes,) = Report("all", wrong.results + right.results + broken.results).plot().axes
+        (axes,) = Report("all", wrong.results + right.results + broken.results, "cpu").plot().axes
         widths = [bar.get_width() for bar in axes.patches]
         result = right.results[0]
         assert widths[0] > 1 > widths[1] == pytest.approx(result.error / result.allowed) and len(widths) == 3

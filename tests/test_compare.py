@@ -242,7 +242,7 @@ class TestShown:
         saved = json.loads(path.read_text(), parse_constant=pytest.fail)
         assert saved["kind"] == "comparison" and saved["ok"] is False and saved["error"]["largest"] is None
         assert saved["texts"][0]["tokens_b"] == [1, 5, 3] and saved["ms_a"] == [10.0, 11.0, 10.5]
-        assert {"date", "device", "versions", "commit", "command"} <= saved.keys()
+        assert {"date", "versions", "commit", "command"} <= saved.keys() and saved["device"] == "d"
 
     def test_as_a_picture(self):
         figure = made_up().plot()

@@ -12,8 +12,10 @@ import pytest
 import torch
 from microvllm.engine.cli import main
 from microvllm.engine.lab import cli
+from microvllm.engine.lab import page as lab_page
 from microvllm.kernels.measure import MeasurementError
 from microvllm.kernels.op import REFERENCE
+from microvllm.kernels.origin import device_name, origin
 
 from .small_models import Shape, make_model
 from .test_engine import save_tokenizer
@@ -111,7 +113,8 @@ class TestCheck:
         assert done.returncode == 0 and "2 right, 0 wrong" in done.stdout
         assert done.stderr == "no GPU here: Triton's interpreter runs what is written in Triton (TRITON_INTERPRET=1)\n"
 
-    def test_a_report(self, file, tmp_path, capsys):
+    def test_a_report(self, file, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(lab_page, "origin", lambda: {**origin(), "device": "the GPU beside it"})
         path = tmp_path / "r.html"
         words = ["kernels", "check", f"{file}:bad", "--op", "rms_norm", *CASE, "--device", "cpu", "--html", str(path)]
         assert main(words) == 1
@@ -123,6 +126,7 @@ class TestCheck:
         verdict = shown.index("bad: rms_norm, bad, on cpu: 0 right, 2 wrong")
         assert verdict < shown.index("date") < shown.index("again: rms_norm.OP.check")
         assert f"torch {torch.__version__.partition('+')[0]}" in shown and "commit" in shown
+        assert device_name(torch.device("cpu")) in shown and "the GPU beside it" not in shown
 
 
 @pytest.mark.parametrize(

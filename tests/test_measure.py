@@ -85,7 +85,7 @@ def test_the_table_has_aligned_columns_and_says_what_was_not_timed():
         row(128, timing(250.0, 2.0), cuBLAS="failed: RuntimeError: no", other="not installed (other)"),
         row(4096, "failed: MeasurementError: wrong"),
     )
-    assert str(Measurement("linear", "skinny", rows)).splitlines() == [
+    assert str(Measurement("linear", "skinny", rows, "d")).splitlines() == [
         "linear: skinny",
         "  case         dtype       µs    10–90 %  over empty       rate  % of roof      cuBLAS  other",
         "  tokens=1     bfloat16  2.50  2.40–2.60        1.50  1.60 TB/s       40.0  5.00 ×0.50      –",
@@ -148,7 +148,7 @@ class TestClock:
         graph = SimpleNamespace(calls=[None], replay=lambda times: [10.0] * times)
         take_turns([graph], after_round=clock.read)
         assert clock.range == (1755, 1980)
-        measurement = Measurement("linear", "skinny", (replace(row(1, timing(2.5)), clock=clock.range),))
+        measurement = Measurement("linear", "skinny", (replace(row(1, timing(2.5)), clock=clock.range),), "d")
         assert str(measurement).splitlines()[-1] == "  clock of the multiprocessors: 1755 to 1980 MHz"
         assert measurement.record()["points"][0]["clock"] == (1755, 1980)
 
@@ -165,7 +165,7 @@ class TestClock:
 
 class TestShown:
     rows = (row(1, timing(2.5, 0.1), a=timing(5.0), b="not installed"), row(8, "failed: <no>"), row(64, timing(30.0)))
-    measurement = Measurement("swiglu", "<lambda>", rows)
+    measurement = Measurement("swiglu", "<lambda>", rows, "a GPU")
 
     def test_in_a_notebook_with_all_text_escaped(self):
         html = self.measurement._repr_html_()
@@ -174,13 +174,13 @@ class TestShown:
     def test_as_json(self, tmp_path):
         saved = json.loads(self.measurement.save(tmp_path / "m.json").read_text())
         assert (saved["kind"], saved["operator"], saved["kernel"]) == ("measurement", "swiglu", "<lambda>")
-        assert [point["time"] for point in saved["points"]][1] == "failed: <no>" and saved["device"]
+        assert [point["time"] for point in saved["points"]][1] == "failed: <no>" and saved["device"] == "a GPU"
 
     def test_as_a_picture(self, monkeypatch):
         (axes,) = self.measurement.plot().axes
         assert [y for line in axes.lines for y in line.get_ydata() if y == 2.5]
         with pytest.raises(ValueError, match="nothing was measured"):
-            Measurement("swiglu", "triton", ()).plot()
+            Measurement("swiglu", "triton", (), "a GPU").plot()
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(ModuleNotFoundError, match=r"a plot needs matplotlib: pip install micro-vllm\[bench\]"):
             self.measurement.plot()

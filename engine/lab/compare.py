@@ -88,10 +88,9 @@ def compare(
     if math.isfinite(error.largest):  # a text ends where logits are not numbers
         for name in ("a", "b") * turns:
             times[name].append(engines.ms_a_token(name, encoded, max_tokens))
-    device = engines["b"].device
     return Comparison(
         model=checkpoint.name,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device_name(),
+        device=device_name(engines["b"].device),
         dtype=str(engines["b"].runner.model.embedding.dtype).removeprefix("torch."),
         changed=a.changes(b),
         texts=tuple(compared),

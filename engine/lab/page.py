@@ -24,7 +24,8 @@ svg { max-width: 100%; height: auto; background: white; margin: .5rem 0 1.5rem }
 def page(title: str, findings: Sequence[Finding]) -> str:
     """The whole file's text. ModuleNotFoundError without matplotlib."""
     ok = all(finding.table().ok is not False for finding in findings)
-    about: dict[str, Any] = origin()
+    devices = dict.fromkeys(finding.device for finding in findings)
+    about: dict[str, Any] = {**origin(), "device": ", ".join(devices)}
     about["versions"] = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in about.items())
     verdicts = "<br>".join(escape(finding.table().title) for finding in findings)
