@@ -30,6 +30,7 @@ from microvllm.kernels import (
     swiglu,
 )
 from microvllm.kernels.compiled import compiled
+from microvllm.kernels.hopper import multiprocessors
 from microvllm.kernels.kernel_set import KernelSet
 from microvllm.kernels.measure import Peer
 from microvllm.kernels.op import Op
@@ -328,7 +329,7 @@ def _bound(kernel: Callable) -> Callable[..., Callable[[], Any]]:
 
 
 def _needs_hopper() -> str | None:
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    hopper = torch.cuda.is_available() and multiprocessors(torch.device("cuda", torch.cuda.current_device()))
     return None if hopper else "for GPUs of compute capability 9.0"
 
 

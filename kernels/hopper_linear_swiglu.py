@@ -18,8 +18,6 @@ faster than cuBLAS's, nor were those of the other projections.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -27,31 +25,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .hopper import TYPES, load, multiprocessors
+
 _ROWS, _GATES = 128, (128, 16)
 """Rows of x and gates of a tile, beside as many ups. Gates are in two parts, since Triton's sizes are powers of two."""
 
 _INPUTS, _STAGES = 64, 4
 """Inputs of a step, 128 bytes, the swizzle that wgmma reads fastest, and steps held at once: 208 of 227 KiB."""
-
-_load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
-"""Named otherwise before Triton 3.9."""
-
-_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """Those of a Hopper GPU; 0 for any other device."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _tiles(rows: int, intermediate: int) -> tuple[int, int]:
@@ -74,18 +60,18 @@ def refused_by_hopper(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     (rows, inputs), intermediate = x.shape, len(weight) // 2
     if not 64 < rows <= 2 * _ROWS:
         return f"the Hopper kernel is for 65 to {2 * _ROWS} tokens, not {rows}"
-    if x.dtype not in _TYPES or weight.dtype != x.dtype:
+    if x.dtype not in TYPES or weight.dtype != x.dtype:
         return f"the Hopper kernel computes in float16 and bfloat16, not in {x.dtype} and {weight.dtype}"
     if inputs % _INPUTS or inputs < _STAGES * _INPUTS:
         return f"the Hopper kernel takes inputs in multiples of {_INPUTS} from {_STAGES * _INPUTS} on, not {inputs}"
     for tensor in (x, weight):
         if tensor.stride(1) != 1 or tensor.data_ptr() % 16 or tensor.stride(0) * tensor.element_size() % 16:
             return "the Hopper kernel wants rows that are contiguous and aligned to 16 bytes"
-    multiprocessors = _multiprocessors(x.device)
-    if not multiprocessors:
+    count = multiprocessors(x.device)
+    if not count:
         return f"the Hopper kernel is for GPUs of compute capability 9.0, not for {x.device}"
-    if not keeps_busy(rows, intermediate, multiprocessors):
-        return f"{intermediate} columns of {rows} tokens do not keep {multiprocessors} multiprocessors busy"
+    if not keeps_busy(rows, intermediate, count):
+        return f"{intermediate} columns of {rows} tokens do not keep {count} multiprocessors busy"
     return None
 
 
@@ -95,10 +81,10 @@ def _fetch_weights(wide_desc, narrow_desc, wide, narrow, ready, tile, column, in
     WIDE: gl.constexpr = wide_desc.block_type.shape[0]
     NARROW: gl.constexpr = narrow_desc.block_type.shape[0]
     gate = tile * (WIDE + NARROW)
-    _load(wide_desc, [gate, column], ready, wide.slice(0, WIDE))
-    _load(wide_desc, [intermediate + gate, column], ready, wide.slice(WIDE, WIDE))
-    _load(narrow_desc, [gate + WIDE, column], ready, narrow.slice(0, NARROW))
-    _load(narrow_desc, [intermediate + gate + WIDE, column], ready, narrow.slice(NARROW, NARROW))
+    load(wide_desc, [gate, column], ready, wide.slice(0, WIDE))
+    load(wide_desc, [intermediate + gate, column], ready, wide.slice(WIDE, WIDE))
+    load(narrow_desc, [gate + WIDE, column], ready, narrow.slice(0, NARROW))
+    load(narrow_desc, [intermediate + gate + WIDE, column], ready, narrow.slice(NARROW, NARROW))
 
 
 @gluon.jit
@@ -122,7 +108,7 @@ def _produce(descs, memory, barriers, tiles, row_tiles, intermediate, steps, DEP
     if DEPENDENT:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        _load(x_desc, [row, stage * STEP], ready.index(stage), x_smem.index(stage))
+        load(x_desc, [row, stage * STEP], ready.index(stage), x_smem.index(stage))
     step = STAGES
     stage = 0
     phase = 0
@@ -136,7 +122,7 @@ def _produce(descs, memory, barriers, tiles, row_tiles, intermediate, steps, DEP
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(bar, BYTES)
         _fetch_weights(wide_desc, narrow_desc, wide, narrow, bar, tile, step * STEP, intermediate)
-        _load(x_desc, [row, step * STEP], bar, x_smem.index(stage))
+        load(x_desc, [row, step * STEP], bar, x_smem.index(stage))
         step += 1
         stage += 1
         if stage == STAGES:
@@ -246,12 +232,12 @@ def hopper_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     (rows, inputs), intermediate = x.shape, len(weight) // 2
     tiles, row_tiles = _tiles(rows, intermediate)
-    programs = min(tiles, _multiprocessors(x.device) // row_tiles) * row_tiles
+    programs = min(tiles, multiprocessors(x.device) // row_tiles) * row_tiles
     y = torch.empty(rows, intermediate, dtype=x.dtype, device=x.device)
 
     def boxes(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
         box = [rows, _INPUTS]
-        return TensorDescriptor.from_tensor(tensor, box, gl.NVMMASharedLayout.get_default_for(box, _TYPES[x.dtype]))
+        return TensorDescriptor.from_tensor(tensor, box, gl.NVMMASharedLayout.get_default_for(box, TYPES[x.dtype]))
 
     _hopper_linear_swiglu_kernel[(programs,)](
         boxes(x, _ROWS),

@@ -18,12 +18,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .hopper import TYPES, load, multiprocessors
 from .paged_attention import LOG2_E
 
 _QUERIES, _TOKENS = 128, 128
@@ -32,17 +32,14 @@ _QUERIES, _TOKENS = 128, 128
 _WIDTH = 64
 """Elements that TMA writes side by side: 128 bytes, the swizzle that wgmma reads fastest."""
 
-# Named otherwise before Triton 3.9.
-_load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 _view = getattr(gl.shared_memory_descriptor, "_reinterpret", None) or gl.shared_memory_descriptor.reinterpret
-
-_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+"""Named otherwise before Triton 3.9."""
 
 
 def refused_by_hopper(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:
     """Why the kernel does not take these queries and this paged cache; None where it does."""
     block_size, head_dim = k_cache.shape[1], q.shape[2]
-    if q.dtype not in _TYPES:
+    if q.dtype not in TYPES:
         return f"the Hopper kernel computes in float16 and bfloat16, not in {q.dtype}"
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         return f"the Hopper kernel wants the cache in q's dtype {q.dtype}, not in {k_cache.dtype}, {v_cache.dtype}"
@@ -119,7 +116,7 @@ def _fetch(desc, smem, stage, ready, row_ptr, tile, kv_head, context, BLOCK_SIZE
         page = gl.load(row_ptr + token // BLOCK_SIZE, mask=token < context, other=-1)
         for part in gl.static_range(PARTS):
             box = boxes.index((stage * PARTS + part) * PAGES + i)
-            _load(desc, [page, token % BLOCK_SIZE, kv_head, part * WIDTH], ready, box)
+            load(desc, [page, token % BLOCK_SIZE, kv_head, part * WIDTH], ready, box)
 
 
 @gluon.jit
@@ -143,7 +140,7 @@ def _produce(q_desc, cache, call, memory, barriers, BLOCK_SIZE: gl.constexpr):
                 mbarrier.wait(q_empty.index(half), (done & 1) ^ 1)
                 mbarrier.expect(q_ready.index(half), q_desc.block_type.nbytes)
                 row = start + (2 * block + half) * ROWS
-                _load(q_desc, [row, head, 0], q_ready.index(half), q_smem.index(half))
+                load(q_desc, [row, head, 0], q_ready.index(half), q_smem.index(half))
             done += 1
             row_ptr = table_ptr + chunk.to(gl.int64) * table_stride
             kv_head = head // group
@@ -346,12 +343,12 @@ def hopper_prefill(
     """
     _, heads, head_dim = q.shape
     _, block_size, kv_heads, _ = k_cache.shape
-    dtype = _TYPES[q.dtype]
+    dtype = TYPES[q.dtype]
     queries, rows = [_QUERIES // 2, 1, head_dim], [1, min(_TOKENS, block_size), 1, _WIDTH]
     layout = gl.NVMMASharedLayout.get_default_for(rows, dtype)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     works = heads * len(context_lens) * triton.cdiv(max_query_len, _QUERIES)
-    _hopper_prefill_kernel[(min(works, torch.cuda.get_device_properties(q.device).multi_processor_count),)](
+    _hopper_prefill_kernel[(min(works, multiprocessors(q.device)),)](
         TensorDescriptor.from_tensor(q, queries, gl.NVMMASharedLayout.get_default_for(queries, dtype)),
         TensorDescriptor.from_tensor(k_cache, rows, layout),
         TensorDescriptor.from_tensor(v_cache, rows, layout),

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .flash_attn_limits import needs_flash_attn, refused_by_flash_attn
+from .hopper import multiprocessors
 from .hopper_prefill import hopper_prefill, refused_by_hopper
 from .op import Case, Cost, Implementation, Op, needs_gpu
 from .paged_attention import LOG2_E
@@ -205,7 +206,7 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _is_for_hopper(tokens: int, chunks: int, head_dim: int, device: torch.device) -> bool:
-    if device.type != "cuda" or head_dim not in HOPPER_FROM or torch.cuda.get_device_capability(device) != (9, 0):
+    if head_dim not in HOPPER_FROM or not multiprocessors(device):
         return False
     least, mean = HOPPER_FROM[head_dim]
     return tokens >= max(least, mean * chunks)

@@ -35,11 +35,9 @@ def emulate(monkeypatch, module: ModuleType, multiprocessors: int) -> None:
         if isinstance(getattr(value, "fn", None), Callable):
             function = value.fn
             monkeypatch.setattr(module, name, _Kernel(function) if name.endswith("_kernel") else function)
-    for name, value in (_NAMES | {"_multiprocessors": lambda device: multiprocessors}).items():
+    for name, value in (_NAMES | {"multiprocessors": lambda device: multiprocessors}).items():
         if hasattr(module, name):
             monkeypatch.setattr(module, name, value)
-    device = SimpleNamespace(multi_processor_count=multiprocessors)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
 
 
 def plant(right: str, wrong: str, module: ModuleType, folder: Path) -> ModuleType:
@@ -304,6 +302,6 @@ _NAMES = {
     "gdc_launch_dependents": _nothing,
     "gdc_wait": _nothing,
     "TensorDescriptor": SimpleNamespace(from_tensor=lambda base, shape, layout: _Descriptor(base, shape)),
-    "_load": _load,
+    "load": _load,
     "_view": lambda shared, dtype, shape, layout: _shared(shared.memory.view(-1), shape),
 }

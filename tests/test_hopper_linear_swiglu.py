@@ -51,7 +51,7 @@ class TestInTheEmulator:
 @pytest.fixture
 def hopper(monkeypatch):
     """As if a CPU were an H100, as far as what is refused goes."""
-    monkeypatch.setattr(hopper_linear_swiglu, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(hopper_linear_swiglu, "multiprocessors", lambda device: 132)
 
 
 def half(*shape: int) -> torch.Tensor:
