@@ -200,7 +200,9 @@ def _call(
 
 
 class Expected:
-    """What a call must give. It is computed when the kernel has run, and forgotten before the next kernel runs."""
+    """What a call must give. It is computed when the kernel has run; `check`, and it alone, has it forgotten before
+    the next kernel runs.
+    """
 
     def __init__(self, op: Op, inputs: dict[str, Any]):
         self.truth = _apply(op, op.reference, {name: _copy(x, torch.float64) for name, x in inputs.items()})
