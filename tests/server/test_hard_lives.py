@@ -78,6 +78,35 @@ def test_an_answer_may_take_longer_than_its_request_may(make_engine, monkeypatch
         assert answer.elapsed.total_seconds() > 0.3
 
 
+def test_a_request_that_comes_with_another_is_waited_for_no_longer(make_engine, monkeypatch):
+    """uvicorn has its beginning before the other is answered, and nothing comes after that."""
+    monkeypatch.setattr(patience, "SECONDS", 0.4)
+    with serving(make_engine()) as server:
+        start = time.monotonic()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=3) as connection:
+            connection.sendall(
+                b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+                b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
+            )
+            received = b""
+            while data := connection.recv(1000):
+                received += data
+        assert received.startswith(b"HTTP/1.1 200") and time.monotonic() - start > 0.35
+        server.assert_serves()
+
+
+def test_an_answer_that_is_not_read_is_kept_so_long_and_no_longer(make_engine, monkeypatch):
+    monkeypatch.setattr(patience, "SECONDS", 0.4)
+    with serving(make_engine()) as server:
+        start = time.monotonic()
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=3)
+        with connection, pytest.raises(ConnectionError):
+            while True:  # until uvicorn reads no more, and then until it is gone
+                connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert time.monotonic() - start > 0.35
+        server.assert_serves()
+
+
 def test_a_thousand_clients_that_leave_at_random_moments(make_engine):
     """Under load, some in the middle of their own request; then every block is free and a canary is served."""
     rng = random.Random(7)
