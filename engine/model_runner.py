@@ -167,4 +167,5 @@ def _follow(seqs: Row[Sequence], previous: Step | None) -> None:
     for seq in constrained:
         pending = [newest[seq.id]] if seq.num_pending else []
         if pending != [-1]:  # that one has ended
-            seq.grammar.follow(seq.output_ids + pending)
+            # Most often one token: a long text is not copied in every step.
+            seq.grammar.follow(seq.token_ids[seq.num_prompt + seq.grammar.num_followed :] + pending)

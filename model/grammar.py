@@ -26,18 +26,19 @@ llguidance keeps to the bound since 1.8.
 class Grammar:
     """One text's way through a schema: `follow` takes in its tokens, `masks` says which may be the next.
 
-    error: why it cannot go on, None while it can
+    num_followed:  how many of the text's tokens it has taken in
+    error:         why it cannot go on, None while it can
     """
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, schema: str):
         self._matcher, self._vocab_size, self._schema = matcher, vocab_size, schema
-        self._num_followed = 0
+        self.num_followed = 0
 
     def follow(self, token_ids: Sequence[int]) -> None:
-        """Takes in those of the text's tokens that are new.   token_ids: the text so far, every token a possible one"""
+        """Takes in the text's next tokens, every one a possible one."""
         if not self._matcher.is_stopped():  # else the new token is its end
-            self._matcher.consume_tokens(list(token_ids[self._num_followed :]))
-        self._num_followed = len(token_ids)
+            self._matcher.consume_tokens(list(token_ids))
+        self.num_followed += len(token_ids)
 
     @property
     def is_complete(self) -> bool:
