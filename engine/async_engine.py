@@ -170,13 +170,7 @@ class AsyncEngine:
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Their text; ValueError where one is outside the vocabulary or the model has no tokenizer."""
-        if self.engine.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer")
-        vocab_size = self.engine.model_config.vocab_size
-        for token in token_ids:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"token id {token} must be from 0 to {vocab_size - 1}")
-        return await self._in_encoder(self.engine.tokenizer.decode, token_ids)
+        return await self._in_encoder(self._decode, token_ids)
 
     async def snapshot(self) -> EngineSnapshot:
         """The engine between two steps; DeadError where it is dead. All who wait for one get the same."""
@@ -259,6 +253,15 @@ class AsyncEngine:
     def _prepare(self, prompt: Prompt, params: Sequence[SamplingParams]) -> list[Request]:
         prompt_ids = self.engine.encode(prompt)
         return [self.engine.prepare(prompt_ids, each) for each in params]
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        if self.engine.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer")
+        vocab_size = self.engine.model_config.vocab_size
+        for token in token_ids:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"token id {token} must be from 0 to {vocab_size - 1}")
+        return self.engine.tokenizer.decode(token_ids)
 
     # --- in the engine's thread ---
 

@@ -144,6 +144,28 @@ def test_texts_and_their_tokens(engine):
     assert run(engine, work) == (engine.tokenizer.encode("hello"), "hello")
 
 
+def test_tokens_are_checked_where_they_are_decoded_and_not_on_the_event_loop(engine):
+    threads = set()
+
+    class Tokens(list):
+        def __iter__(self):
+            threads.add(threading.current_thread().name.split("_")[0])
+            return super().__iter__()
+
+    async def work(running):
+        tokens = engine.tokenizer.encode("hello")
+        assert await running.decode(Tokens(tokens)) == "hello"
+        for token in (-1, engine.model_config.vocab_size):
+            with pytest.raises(ValueError, match=f"token id {token} must be from 0 to"):
+                await running.decode(Tokens([*tokens, token]))
+        engine.tokenizer = None
+        with pytest.raises(ValueError, match="no tokenizer"):
+            await running.decode(tokens)
+
+    run(engine, work)
+    assert threads == {"encoder"}
+
+
 def test_a_prompt_that_cannot_be_served_takes_nothing(engine):
     async def work(running):
         for prompts, message in (([ids(5), ids(500)], "is too long"), (["a", ""], "is empty"), ([[-1]], "token id -1")):
