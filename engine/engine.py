@@ -94,7 +94,7 @@ class InferenceEngine:
         if self.tokenizer is not None:
             self._eos_token_ids |= self.tokenizer.eos_token_ids
         self.grammars = Grammars(self.tokenizer, self._eos_token_ids, self.model_config.vocab_size)
-        with self._its_gpu():
+        with self.its_gpu():
             self._assemble(model)
         if config.progress:
             gib = num_parameters(model.config) * dtype.itemsize / 2**30
@@ -117,11 +117,11 @@ class InferenceEngine:
         other.kernels = kernels
         if enforce_eager is not None:
             other.config = replace(self.config, enforce_eager=enforce_eager)
-        with self._its_gpu():
+        with self.its_gpu():
             other._assemble(self.runner.model.with_kernels(kernels))
         return other
 
-    def _its_gpu(self) -> AbstractContextManager:
+    def its_gpu(self) -> AbstractContextManager:
         """Makes the engine's GPU the current one, on which Triton launches; nothing on a CPU."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
@@ -312,7 +312,7 @@ class InferenceEngine:
         return Request(prompt, seq, self.tokenizer and Detokenizer(self.tokenizer, params.stop), outbox)
 
     def _step(self) -> None:
-        with self._its_gpu():
+        with self.its_gpu():
             self._compute()
 
     def _compute(self) -> None:

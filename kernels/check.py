@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,7 +87,8 @@ def check(
     elsewhere = "" if device.type == default.type else f", device='{device}'"
     results: list[Result] = []
     for case, dtype, arguments in pairs:
-        result = _check_case(op, implementation, case, dtype, device, seed)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # where Triton launches
+            result = _check_case(op, implementation, case, dtype, device, seed)
         results.append(replace(result, reproduce=f"{call}, {arguments}{elsewhere}, seed={seed})"))
         if RAISED in result.verdict and not _works(device):
             break  # an illegal access ends all use of the GPU by this process

@@ -333,7 +333,7 @@ class TestProfiler:
         monkeypatch.setattr(profiler, "trace", gpu.trace)
         ours = Profiler(model, TestProfile.ROOF)
         ours.engine.device = torch.device("cuda")
-        monkeypatch.setattr(ours.engine, "_its_gpu", nullcontext)
+        monkeypatch.setattr(ours.engine, "its_gpu", nullcontext)
         profile = ours.profile(self.WORKLOAD, VOCAB_SIZE, self.BLOCKS)
         found = {line.name: line for line in profile.lines}
         assert len(gpu.operators) == 22

@@ -190,6 +190,17 @@ class TestCompare:
         assert page.fetched == [] and page.tags.count("svg") == 2 and page.tags.count("h2") == 2
         assert "".join(page.words).index("good: ") < "".join(page.words).index("comparison")
 
+    def test_its_kernels_are_timed_on_the_device_asked_for(self, model, file, monkeypatch):
+        devices = []
+
+        def measured(*arguments):
+            devices.append(arguments[-1])
+            raise MeasurementError("there is no time")
+
+        monkeypatch.setattr(cli, "_measured", measured)
+        assert self.run(model, "--kernel", f"rms_norm={file}:good", "--with", "bench") == 1
+        assert devices == [torch.device("cpu")]
+
     def test_a_wrong_kernel_is_exit_code_1(self, model, file, capsys):
         assert self.run(model, "--kernel", f"rms_norm={file}:bad") == 1
         assert "b's logits are off by" in capsys.readouterr().out

@@ -103,20 +103,27 @@ def _bench(options: argparse.Namespace) -> int:
     op = _operator(options.op)
     cases, function = _cases(options), kernel(options.kernel)
     dtype = options.dtype and DTYPES[options.dtype]
+    device = torch.device("cuda")
     return _finish(
-        f"{op.name}: {options.kernel}", lambda: [_measured(op, function, cases, dtype, options.seed)], options.html
+        f"{op.name}: {options.kernel}",
+        lambda: [_measured(op, function, cases, dtype, options.seed, device)],
+        options.html,
     )
 
 
 def _measured(
-    op: Op, function: str | Callable, cases: list[Case] | None, dtype: torch.dtype | None, seed: int
+    op: Op,
+    function: str | Callable,
+    cases: list[Case] | None,
+    dtype: torch.dtype | None,
+    seed: int,
+    device: torch.device,
 ) -> Finding:
     """Beside the operator's other implementations."""
     if not torch.cuda.is_available():
         raise ValueError("timing needs a GPU, and PyTorch sees none here")
-    device = torch.device("cuda")
     peers = [name for name in op.implementations if name != function and op.unavailable(name, device) is None]
-    return op.measure(function, cases, dtype=dtype, peers=peers, seed=seed)
+    return op.measure(function, cases, dtype=dtype, device=device, peers=peers, seed=seed)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -147,7 +154,7 @@ def _compare(options: argparse.Namespace) -> int:
             if "check" in options.more:
                 found.append(OPS[op].check(function, device=device))
             if "bench" in options.more:
-                found.append(_measured(OPS[op], function, None, None, 0))
+                found.append(_measured(OPS[op], function, None, None, 0, device))
         return found
 
     return _finish(f"{options.model}: {', '.join(options.kernel)}", findings, options.html)

@@ -61,7 +61,7 @@ def forced_steps(
                     seqs[k].token_ids.append(texts[k][i - 1])
                     runner.rows.tokens[row] = texts[k][i - 1]
                 batch = [seqs[k] for k in going]
-                drawn = runner.launch(Batch([], batch, batch)).result().tokens
+                drawn = _drawn(engine, Batch([], batch, batch))
             logits, runner.sampler.logits = runner.sampler.logits, {}
             yield [(k, token, logits[seqs[k].id, i]) for k, token in zip(going, drawn, strict=True)]
     finally:
@@ -72,5 +72,10 @@ def _prefill(engine: InferenceEngine, seq: Sequence) -> list[int]:
     """The prompt in chunks → the token drawn after it."""
     for start in range(0, seq.num_prompt, engine.config.max_prefill_tokens):
         chunk = Chunk(seq, start, min(engine.config.max_prefill_tokens, seq.num_prompt - start))
-        tokens = engine.runner.launch(Batch([chunk], [], [seq] * (chunk.end == seq.num_prompt))).result().tokens
+        tokens = _drawn(engine, Batch([chunk], [], [seq] * (chunk.end == seq.num_prompt)))
     return tokens
+
+
+def _drawn(engine: InferenceEngine, batch: Batch) -> list[int]:
+    with engine.its_gpu():
+        return engine.runner.launch(batch).result().tokens
