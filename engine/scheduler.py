@@ -177,7 +177,7 @@ class Scheduler:
         """
         running, block_size = Status.RUNNING, self.cache.block_size
         num_prefilled = len(batch.sampled) - len(batch.decodes)
-        taken = []
+        taken, num_errors = [], 0
         for i, (seq, token, preemptions) in enumerate(zip(batch.sampled, tokens, batch.preemptions, strict=True)):
             if seq.status is not running or seq.num_preemptions != preemptions:
                 continue
@@ -185,17 +185,18 @@ class Scheduler:
             seq.num_pending -= 1
             if token < 0:
                 self.finish(seq, "error")
+                num_errors += 1
                 continue
             computed = len(seq.token_ids)
             # Others may share these blocks only now: had they held NaN, so would the logits.
             if i < num_prefilled or computed % block_size == 0 or computed == seq.num_prompt:
                 self.cache.commit(seq.id, seq.token_ids, computed)
             seq.token_ids.append(token)
-            self.num_generated_tokens += 1
             if token in seq.stop_token_ids:
                 self.finish(seq, "stop")
             elif len(seq.token_ids) >= seq.max_length:
                 self.finish(seq, "length")
+        self.num_generated_tokens += len(taken) - num_errors
         return taken
 
     # --- its own steps ---

@@ -271,6 +271,7 @@ def test_a_request_ends_by_a_token_by_its_length_by_an_error_or_by_an_abort():
     simulation.run(3)
     assert [seq.finish_reason for seq in (stops, ends, fails, aborted)] == ["stop", "length", "error", "abort"]
     assert [seq.num_generated for seq in (stops, ends, fails, aborted)] == [1, 3, 0, 0]
+    assert simulation.scheduler.num_generated_tokens == 4
     simulation.check_at_rest()
 
 
