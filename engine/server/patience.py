@@ -8,8 +8,8 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 SECONDS = 60.0
-"""For all of a request, from the connection or the end of the answer before it on, and for what more than fills
-uvicorn's buffer to be read; how long an answer takes to be made does not count.
+"""For all of a request, from the connection or the end of the answer before it on; and from one look at what is left in
+uvicorn's full buffer to the next, which must find less. How long an answer takes to be made does not count.
 """
 
 
@@ -32,7 +32,7 @@ class PatientProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._departure = self.loop.call_later(SECONDS, self.transport.abort)
+        self._await_departure()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -47,6 +47,16 @@ class PatientProtocol(H11Protocol):
             self._arrival = _cancelled(self._arrival)
         elif self._arrival is None:
             self._arrival = self.loop.call_later(SECONDS, self.transport.abort)
+
+    def _await_departure(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        self._departure = self.loop.call_later(SECONDS, self._look_again, unread)
+
+    def _look_again(self, unread: int) -> None:
+        if self.transport.get_write_buffer_size() < unread:
+            self._await_departure()
+        else:
+            self.transport.abort()
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> None:

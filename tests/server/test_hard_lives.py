@@ -107,6 +107,23 @@ def test_an_answer_that_is_not_read_is_kept_so_long_and_no_longer(make_engine, m
         server.assert_serves()
 
 
+def test_an_answer_that_is_read_slowly_is_kept_as_long_as_it_is_read(make_engine, monkeypatch):
+    monkeypatch.setattr(patience, "SECONDS", 0.3)
+    with serving(make_engine()) as server:
+        whole = len(server.client.get("/openapi.json").content)
+        start, connection = time.monotonic(), socket.socket()
+        with connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+            connection.connect(("127.0.0.1", server.port))
+            asked = 8  # together more than the kernel's buffers and uvicorn's take
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * asked)
+            received = 0
+            while received < asked * whole and (some := connection.recv(1 << 14)):
+                received += len(some)
+                time.sleep(0.02)
+        assert received >= asked * whole and time.monotonic() - start > 3 * patience.SECONDS
+
+
 def test_a_thousand_clients_that_leave_at_random_moments(make_engine):
     """Under load, some in the middle of their own request; then every block is free and a canary is served."""
     rng = random.Random(7)
