@@ -67,7 +67,7 @@ def test_the_view_is_the_engine_between_two_steps(make_engine):
             while server.running.stats.steps < 4:
                 time.sleep(0.005)
             asking.start()
-            while not seen:  # it comes with the end of a step
+            while asking.is_alive():  # it comes with the end of a step
                 go.release()
                 asking.join(0.05)
             (view,) = seen
