@@ -284,17 +284,26 @@ class TestCheats:
         assert judge(NORM, looking, ROWS).problems == {"wrong values"}
 
     def test_one_that_looks_for_it_in_the_frames_that_called_it(self):
+        def opened(value):
+            return value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+
         def looking(x, weight, eps):
             frame, seen = sys._getframe(), []
             while frame := frame.f_back:
                 for value in frame.f_locals.values():
-                    parts = [value, *getattr(value, "__dict__", {}).values()]
-                    seen += [y for part in parts for y in (part.values() if isinstance(part, dict) else [part])]
+                    parts = [*opened(value), *getattr(value, "__dict__", {}).values()]
+                    seen += [y for part in parts for y in opened(part)]
             return self.found(seen, x, weight, eps)
 
+        def called_beside(there):
+            return looking(*inputs_of(ROWS)).any()
+
+        for hold in (lambda y: y, lambda y: [y], lambda y: (y,), lambda y: [(y,)], lambda y: {"y": [y]}):
+            assert called_beside(hold(norm_in_sight(ROWS)))
+        assert not called_beside(None)
         assert judge(NORM, looking, ROWS).problems == {"wrong values"}
 
-    def test_what_the_reference_gave_is_not_left_in_freed_memory(self, monkeypatch):
+    def test_what_the_reference_gave_is_not_left_in_freed_memory(self):
         given, running = [], []
 
         def watched(x, weight, eps):
