@@ -43,7 +43,7 @@ def emulate(monkeypatch, module: ModuleType, multiprocessors: int) -> None:
 def plant(right: str, wrong: str, module: ModuleType, folder: Path) -> ModuleType:
     """The module of kernels with a mistake planted in its source; the changed source is left in the folder."""
     source = inspect.getsource(module)
-    assert right in source
+    assert source.count(right) == 1
     path = folder / "planted.py"
     path.write_text(source.replace(right, wrong))
     spec = importlib.util.spec_from_file_location("microvllm.kernels.planted", path)

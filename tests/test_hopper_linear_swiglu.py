@@ -35,17 +35,27 @@ class TestInTheEmulator:
         assert report.ok, f"\n{report}"
 
     @pytest.mark.parametrize(
-        "right, wrong",
+        "right, wrong, problem",
         [
-            pytest.param("warpgroup_mma_wait(2", "warpgroup_mma_wait(4", id="a stage given back before it is read"),
-            pytest.param("mbarrier.wait(empty.index(stage), phase)", "pass", id="a stage filled that is not free"),
-            pytest.param("[intermediate + gate + WIDE, column]", "[intermediate + gate, column]", id="another's up"),
-            pytest.param(" & (column < intermediate)[None, :]", "", id="more columns than there are"),
+            pytest.param(
+                "warpgroup_mma_wait(2", "warpgroup_mma_wait(4", "NaN", id="a stage given back before it is read"
+            ),
+            pytest.param(
+                "mbarrier.wait(empty.index(stage), phase)", "pass", "raised", id="a stage filled that is not free"
+            ),
+            pytest.param(
+                "[intermediate + gate + WIDE, column]",
+                "[intermediate + gate, column]",
+                "wrong values",
+                id="another's up",
+            ),
+            pytest.param(" & (column < intermediate)[None, :]", "", "raised", id="more columns than there are"),
         ],
     )
-    def test_it_sees_a_mistake(self, monkeypatch, tmp_path, right, wrong):
+    def test_it_sees_a_mistake(self, monkeypatch, tmp_path, right, wrong, problem):
         planted = plant(right, wrong, hopper_linear_swiglu, tmp_path)
-        assert not all(checked(planted, monkeypatch, case).ok for case in CASES)
+        seen = [checked(planted, monkeypatch, case).problems for case in CASES]
+        assert problem in set().union(*seen)
 
 
 @pytest.fixture
