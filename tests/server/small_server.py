@@ -57,11 +57,12 @@ class SmallServer:
         return len(self.http.server_state.tasks)
 
     def slow_down(self, seconds: float) -> None:
-        """Each step of the engine takes so much longer."""
+        """Each step of the engine that has work takes so much longer."""
         step = self.engine.step
 
         def slow():
-            time.sleep(seconds)
+            if self.engine.has_work:
+                time.sleep(seconds)
             return step()
 
         self.engine.step = slow

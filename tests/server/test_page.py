@@ -38,10 +38,8 @@ def open_page(driver):
 @pytest.fixture
 def slow_server(make_engine):
     """A step takes so long that a person could click."""
-    engine = make_engine(max_batch_size=1)
-    step = engine.step
-    engine.step = lambda: (time.sleep(0.03) if engine.has_work else None, step())[1]
-    with serving(engine) as server:
+    with serving(make_engine(max_batch_size=1)) as server:
+        server.slow_down(0.03)
         yield server
         if server.running.error is None:
             server.assert_comes_to_rest()
