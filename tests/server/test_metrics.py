@@ -107,10 +107,9 @@ def test_requests_are_counted_once_each(fresh):
         assert value(fresh, f"{name}_seconds_count") == (24 if name == "inter_token_latency" else 4)
     both = seconds["request_prefill_time"] + seconds["request_decode_time"]
     assert seconds["request_inference_time"] == pytest.approx(both)
-    # From its submission, which is a little before its arrival in the engine.
-    assert (
-        seconds["e2e_request_latency"] > both + seconds["request_queue_time"] > 0.9 * seconds["e2e_request_latency"] / 2
-    )
+    # From its submission, which is before its arrival in the engine, but by less than what comes then.
+    total = seconds["e2e_request_latency"]
+    assert total / 2 < both + seconds["request_queue_time"] < total
     assert seconds["request_decode_time"] == pytest.approx(6 * seconds["request_time_per_output_token"])
 
 
