@@ -1,4 +1,4 @@
-"""Triton's interpreter, with two fifths of its time left out."""
+"""Triton's interpreter, without the work that it repeats within a launch."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class TestCheck:
             "tokens=3 hidden=40  float32" in out and "again: rms_norm.OP.check(bad, [Case(tokens=3, hidden=40)]" in out
         )
 
-    def test_an_implementation_by_its_name(self, capsys):
+    def test_an_implementation_by_its_name(self):
         assert main(["kernels", "check", REFERENCE, "--op", "rms_norm", *CASE, "--device", "cpu"]) == 0
 
     @no_gpu
@@ -113,7 +113,7 @@ class TestCheck:
         assert done.returncode == 0 and "2 right, 0 wrong" in done.stdout
         assert done.stderr == "no GPU here: Triton's interpreter runs what is written in Triton (TRITON_INTERPRET=1)\n"
 
-    def test_a_report(self, file, tmp_path, monkeypatch, capsys):
+    def test_a_report(self, file, tmp_path, monkeypatch):
         monkeypatch.setattr(lab_page, "origin", lambda: {**origin(), "device": "the GPU beside it"})
         path = tmp_path / "r.html"
         words = ["kernels", "check", f"{file}:bad", "--op", "rms_norm", *CASE, "--device", "cpu", "--html", str(path)]
