@@ -11,9 +11,9 @@ from microvllm import InferenceEngine, SamplingParams
 from microvllm.engine.async_engine import MOST_EVENTS, AsyncEngine, DeadError, DrainingError, OverloadedError, Stream
 from microvllm.engine.snapshot import EngineSnapshot
 
+from .small_engine import assert_at_rest, ids, save_tokenizer
 from .small_models import Shape, make_model
 from .stalls import Stalls
-from .test_engine import assert_at_rest, ids, save_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from microvllm.engine.cli import main
 from microvllm.kernels.kernel_set import OPS
 from safetensors.torch import load_file, save_file
 
+from .small_engine import save_tokenizer
 from .small_models import Shape, make_model
-from .test_engine import save_tokenizer
 
 COMMAND = Path(sys.executable).with_name("micro-vllm")
 

@@ -16,8 +16,8 @@ from microvllm.kernels.linear import linear_reference
 from microvllm.kernels.rms_norm import rms_norm_reference
 from microvllm.model.qwen2 import Qwen2
 
+from .small_engine import save_tokenizer
 from .small_models import VOCAB_SIZE, Shape, make_model
-from .test_engine import save_tokenizer
 
 PROMPTS = [[5, 3, 900, 4, 11], [17, 80], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]]
 REFERENCE = KernelSet.reference()

@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 from itertools import product
 from pathlib import Path
-from string import ascii_lowercase
 
 import pytest
 import torch
 from microvllm import InferenceEngine, KernelSet, SamplingParams
 from microvllm.engine import model_runner
 from microvllm.kernels.swiglu import swiglu_reference
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from .checkpoints import edit_json
+from .small_engine import assert_at_rest, finish, ids, poison, save_tokenizer
 from .small_models import MAX_LENGTH, VOCAB_SIZE, Shape, make_model, transformers_logits
 
 BLOCK_SIZE = 16
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 NOT_NUMBERS = "the model's logits were not numbers (NaN or infinite)"
-
-
-def save_tokenizer(folder: Path, eos: str | None = None) -> None:
-    """A token for each byte and, beyond what any text is cut into, tokens of two and three letters."""
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens += ["".join(letters) for size in (2, 3) for letters in product(ascii_lowercase, repeat=size)]
-    backend = Backend(models.BPE({token: i for i, token in enumerate(tokens[:VOCAB_SIZE])}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, chat_template=TEMPLATE).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -76,33 +61,6 @@ def engine(shared_engine):
     """One for all tests that leave it as they found it."""
     yield shared_engine
     assert_at_rest(shared_engine)
-
-
-def assert_at_rest(engine: InferenceEngine) -> None:
-    stats = engine.stats()
-    assert (stats.running, stats.waiting, stats.blocks_used, stats.fragmentation) == (0, 0, 0, 0.0)
-    assert engine.cache_manager.num_available == stats.blocks
-    assert not engine.has_work
-    engine.cache_manager.check()
-
-
-def ids(length: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(VOCAB_SIZE), k=length)
-
-
-def finish(engine: InferenceEngine, before_step=lambda step: None) -> dict:
-    """Steps until nothing is left → outputs by request id."""
-    outputs, step = {}, 0
-    while engine.has_work:
-        before_step(step)
-        outputs |= {event.request_id: event.output for event in engine.step() if event.output}
-        step += 1
-    return outputs
-
-
-def poison(engine: InferenceEngine, token: int) -> None:
-    """A text that holds the token has no numbers from there on."""
-    engine.runner.model.embedding.data[token] = torch.nan
 
 
 class TestGenerate:

@@ -14,8 +14,8 @@ from microvllm.model.sampler import Sampler
 from microvllm.model.sampling_params import MAX_SCHEMA_LENGTH
 from microvllm.model.tokenizer import Tokenizer
 
+from .small_engine import assert_at_rest, finish, poison, save_tokenizer
 from .small_models import VOCAB_SIZE, Shape, make_model
-from .test_engine import assert_at_rest, finish, poison, save_tokenizer
 from .test_sampler import Row
 from .test_tokenizer import sentencepiece
 

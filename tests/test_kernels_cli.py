@@ -17,8 +17,8 @@ from microvllm.kernels.measure import MeasurementError
 from microvllm.kernels.op import REFERENCE
 from microvllm.kernels.origin import device_name, origin
 
+from .small_engine import save_tokenizer
 from .small_models import Shape, make_model
-from .test_engine import save_tokenizer
 
 KERNELS = """
 import torch

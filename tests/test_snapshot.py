@@ -6,8 +6,8 @@ import pytest
 from microvllm import InferenceEngine
 from microvllm.engine.snapshot import CACHED, FIRST_OWNER, FREE, SHARED, WAITING_SHOWN, EngineSnapshot
 
+from .small_engine import ids
 from .small_models import Shape, make_model
-from .test_engine import ids
 
 
 @pytest.fixture(scope="module")

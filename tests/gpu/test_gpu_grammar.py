@@ -7,7 +7,7 @@ import json
 import jsonschema
 from microvllm import InferenceEngine, KernelSet, SamplingParams
 
-from ..test_engine import assert_at_rest
+from ..small_engine import assert_at_rest
 
 CHAT = [{"role": "user", "content": "Describe the city of Paris as JSON."}]
 SCHEMA = {

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from microvllm import InferenceEngine
 
+from ..small_engine import save_tokenizer
 from ..small_models import Shape, make_model
-from ..test_engine import save_tokenizer
 from .small_server import serving
 
 

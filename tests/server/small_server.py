@@ -20,7 +20,7 @@ from microvllm.engine.async_engine import AsyncEngine
 from microvllm.engine.server.app import make_app
 from microvllm.engine.server.patience import PatientProtocol
 
-from ..test_engine import assert_at_rest
+from ..small_engine import assert_at_rest
 
 
 def send(connection: socket.socket, path: str, body: dict[str, Any], part: float = 1.0) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from microvllm import InferenceEngine
 
+from ..small_engine import save_tokenizer
 from ..small_models import Shape, make_model
-from ..test_engine import save_tokenizer
 from .small_server import serving
 
 HERE = Path(__file__).parent
