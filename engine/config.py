@@ -19,8 +19,8 @@ class EngineConfig:
     max_batch_size:          requests that run at once
     max_model_len:           tokens of the longest text, prompt and output; None takes the model's
     max_prefill_tokens:      prompt tokens computed in one step; longer prompts are prefilled in chunks
-    interleaved_prefill_tokens:  the same while no more requests wait for their first token than decode: what a long
-                             prompt adds to the time between the others' tokens
+    interleaved_prefill_tokens:  the same beside streams, while no more requests wait for their first token than
+                             decode: what a long prompt adds to the time between the others' tokens
     device:                  "cuda", "cuda:N", "cpu" or "auto": a GPU if there is one
     dtype:                   "float32", "float16", "bfloat16" or "auto": the checkpoint's on a GPU, float32 on a CPU
     block_size:              tokens a cache block, 16 to 256

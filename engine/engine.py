@@ -174,7 +174,10 @@ class InferenceEngine:
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many params, or one for all; there are {len(each)}")
         outbox: deque[StepOutput] = deque()
-        prepared = [self._prepare(p, self._params(q, options), outbox) for p, q in zip(prompts, each, strict=True)]
+        prepared = [
+            self._prepare(p, self._params(q, options), outbox, streamed=False)
+            for p, q in zip(prompts, each, strict=True)
+        ]
         outputs: dict[int, RequestOutput] = {}
         bar = tqdm(total=len(prepared), unit="request", delay=2, disable=None if self.config.progress else True)
         try:
@@ -279,7 +282,9 @@ class InferenceEngine:
             raise ValueError(f"params must be SamplingParams, not {params!r}")
         return params
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams, outbox: deque[StepOutput]) -> Request:
+    def _prepare(
+        self, prompt: Prompt, params: SamplingParams, outbox: deque[StepOutput], *, streamed: bool = True
+    ) -> Request:
         """A request that has been checked and not yet begun."""
         vocab_size = self.model_config.vocab_size
         params.check_tokens(vocab_size)
@@ -306,6 +311,7 @@ class InferenceEngine:
             max_length=min(len(prompt_ids) + params.max_tokens, self.max_model_len),
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             stop_token_ids=frozenset(token for token in ends if token < vocab_size),
+            streamed=streamed,
             grammar=None if params.json_schema is None else self.grammars.begin(params.json_schema),
         )
         self.scheduler.check(seq)

@@ -57,8 +57,9 @@ class Scheduler:
     policy:              the order of admission and the alignment of decode batches
     max_batch_size:      sequences that run at once
     max_prefill_tokens:  prompt tokens computed in one step; a longer prompt takes several, with decodes in each
-    interleaved_prefill_tokens:  of these, how many while no more requests wait for their first token than decode: the
-                         fewer, the less a long prompt slows the others' pace; the more, the sooner all are served
+    interleaved_prefill_tokens:  of these, how many beside streams, while no more requests wait for their first token
+                         than decode: the fewer, the less a long prompt slows the others' pace; the more, the sooner all
+                         are served
     age_bound:           seconds; a request older than this is aged, and in no step is anything that arrived later
                          admitted or computed unless the aged request is computed too
     """
@@ -156,6 +157,9 @@ class Scheduler:
             # A preempted sequence may be back already, with a chunk: what it shares with others costs it no block.
             prefilled = {chunk.seq for chunk in chunks}
             decodes = [seq for seq in decodes if seq.status is Status.RUNNING and seq not in prefilled]
+        if chunks and not any(seq.streamed or seq.arrival_time <= horizon for seq in decodes):
+            # A decode of more sequences takes little longer: where none is waited for, it comes when all have begun.
+            decodes = []
         last = [chunk.seq for chunk in chunks if chunk.end == chunk.seq.num_tokens]
         return Batch(chunks, decodes, last + decodes)
 
@@ -221,8 +225,9 @@ class Scheduler:
 
     def _prefill_budget(self, begun: list[Sequence]) -> int:
         """Prompt tokens of the step. Where most requests wait for their first token, a larger step serves them sooner
-        than it keeps the others waiting."""
-        if len(begun) + len(self.waiting) > len(self.running) - len(begun):
+        than it keeps the others waiting; where no token is read before the last, nobody is kept waiting."""
+        most_wait = len(begun) + len(self.waiting) > len(self.running) - len(begun)
+        if most_wait or not any(seq.streamed for seq in self.running):
             return self.max_prefill_tokens
         return self.interleaved_prefill_tokens
 

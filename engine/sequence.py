@@ -24,6 +24,7 @@ class Sequence:
     max_length:     tokens, prompt included, at which it ends
     num_cached:     tokens that were found in the prefix cache when it was first admitted, None before
     block_table:    its blocks of the cache, in order, while it runs
+    streamed:       whether somebody reads its tokens as they are made; else only when all of them are there
     grammar:        the model.grammar.Grammar that its output follows, or None
     seed:           what its draws are a function of, together with the draw's number
     finish_reason:  "stop", "length", "abort" or "error", None before the end
@@ -47,6 +48,7 @@ class Sequence:
         "seed",
         "status",
         "stop_token_ids",
+        "streamed",
         "token_ids",
     )
 
@@ -59,6 +61,7 @@ class Sequence:
         max_length: int,
         seed: int = 0,
         stop_token_ids: frozenset[int] = frozenset(),
+        streamed: bool = True,
         grammar: Any = None,
         arrival_time: float = 0.0,
     ):
@@ -69,6 +72,7 @@ class Sequence:
         self.max_length = max_length
         self.seed = seed
         self.stop_token_ids = stop_token_ids
+        self.streamed = streamed
         self.grammar = grammar
         self.arrival_time = arrival_time
         self.status = Status.WAITING

@@ -74,13 +74,16 @@ class Simulation:
         self.requests: list[Sequence] = []
         self.now = 0.0
 
-    def add(self, prompt: list[int], max_tokens: int = 4, *, stop: tuple[int, ...] = (), **options) -> Sequence:
+    def add(
+        self, prompt: list[int], max_tokens: int = 4, *, stop: tuple[int, ...] = (), streamed: bool = True, **options
+    ) -> Sequence:
         seq = Sequence(
             len(self.requests),
             prompt,
             SamplingParams(max_tokens=max_tokens, **options),
             max_length=len(prompt) + max_tokens,
             stop_token_ids=frozenset(stop),
+            streamed=streamed,
             arrival_time=self.now,
         )
         self.scheduler.add(seq)

@@ -137,6 +137,36 @@ def test_a_step_prefills_more_while_more_requests_wait_than_decode():
     assert Simulation(max_prefill_tokens=2, interleaved_prefill_tokens=4).scheduler.interleaved_prefill_tokens == 2
 
 
+def test_prompts_go_before_decodes_that_nobody_reads_along():
+    simulation = Simulation(max_prefill_tokens=8, interleaved_prefill_tokens=2, age_bound=5)
+
+    def step() -> tuple[int, list[int]]:
+        """→ tokens prefilled, and who decodes"""
+        batch = simulation.step()
+        return sum(chunk.length for chunk in batch.chunks), ids(batch.decodes)
+
+    for token in range(3):
+        simulation.add([token] * 6, max_tokens=20, streamed=False)
+    assert [step() for _ in range(4)] == [(8, []), (8, []), (2, []), (0, [0, 1, 2])]
+    simulation.add([3] * 10, max_tokens=20, streamed=False)
+    assert [step() for _ in range(3)] == [(8, []), (2, []), (0, [0, 1, 2, 3])]
+    simulation.add([4], max_tokens=20)  # one that is streamed: its pace is kept, and the others come along
+    simulation.add([5] * 3, max_tokens=20, streamed=False)
+    assert [step() for _ in range(3)] == [(4, []), (0, [0, 1, 2, 3, 4, 5]), (0, [0, 1, 2, 3, 4, 5])]
+    simulation.add([6] * 4, max_tokens=20, streamed=False)
+    assert [step() for _ in range(2)] == [(2, [0, 1, 2, 3, 4, 5])] * 2
+
+
+def test_an_aged_decode_goes_on_beside_later_prompts_though_nobody_reads_along():
+    simulation = Simulation(max_prefill_tokens=8, age_bound=5)
+    simulation.add([0] * 2, max_tokens=20, streamed=False)
+    simulation.step()
+    simulation.now = 6
+    simulation.add([1] * 10, streamed=False)
+    batch = simulation.step()
+    assert [chunk.seq.id for chunk in batch.chunks] == [1] and ids(batch.decodes) == [0]
+
+
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("more, blocks", [(-1, -1), (0, -1), (1, 0)])
 def test_a_prefix_is_computed_once(k, more, blocks):

@@ -120,14 +120,15 @@ class SchedulerLife(RuleBasedStateMachine):
         max_tokens=st.integers(1, 20),
         copies=st.sampled_from([1, 1, 1, 2, 4]),
         stop=st.sampled_from([(), (), (2,)]),
+        streamed=st.booleans(),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
     )
-    def arrive(self, prompt, max_tokens, copies, stop, prompt_logprobs):
+    def arrive(self, prompt, max_tokens, copies, stop, streamed, prompt_logprobs):
         cache = self.simulation.cache
         fits = len(prompt) + max_tokens - 1 <= cache.num_blocks * cache.block_size
         for _ in range(copies):
             if fits:
-                self.simulation.add(prompt, max_tokens, stop=stop, prompt_logprobs=prompt_logprobs)
+                self.simulation.add(prompt, max_tokens, stop=stop, streamed=streamed, prompt_logprobs=prompt_logprobs)
             else:
                 with pytest.raises(ValueError, match="blocks"):
                     self.simulation.add(prompt, max_tokens)
