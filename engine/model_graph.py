@@ -102,7 +102,9 @@ class ModelGraphRunner(ModelRunner):
 
     def _capture_prefill(self, size: int) -> CapturedCall:
         token_ids, where = self._chunks.tensors(size, self.model.max_length)
-        return self._capture(f"a prefill of {size} tokens", lambda: (self.model(token_ids, self.cache, where),))
+        return self._capture(
+            f"a prefill of {size} tokens", lambda: (self.model(token_ids, self.cache, where, last_only=True),)
+        )
 
     @torch.inference_mode()
     def _capture(self, what: str, call: Callable[[], Any]) -> CapturedCall:
@@ -126,13 +128,13 @@ class ModelGraphRunner(ModelRunner):
         graph.replay()
         return graph.outputs
 
-    def _compute_chunks(self, chunks: list[Chunk]) -> torch.Tensor:
+    def _compute_chunks(self, chunks: list[Chunk], all_tokens: bool) -> torch.Tensor:
         tokens = sum(chunk.length for chunk in chunks)
-        if tokens > PREFILL_TOKENS[-1] or len(chunks) > PREFILL_CHUNKS:
-            return super()._compute_chunks(chunks)
+        if all_tokens or tokens > PREFILL_TOKENS[-1] or len(chunks) > PREFILL_CHUNKS:
+            return super()._compute_chunks(chunks, all_tokens)
         size = PREFILL_TOKENS[bisect_left(PREFILL_TOKENS, tokens)]
         self._chunks.hold(chunks, size)
         graph = self._prefills[size]
         graph.replay()
         (hidden,) = graph.outputs
-        return hidden[:tokens]
+        return hidden[: len(chunks)]

@@ -91,8 +91,9 @@ class ModelRunner:
         draws, prompt_logprobs = [], {}
         num_prefilled = len(batch.sampled) - len(batch.decodes)
         if batch.chunks:
-            hidden = self._compute_chunks(batch.chunks)
-            ends = list(accumulate(chunk.length for chunk in batch.chunks))
+            all_tokens = any(chunk.seq.params.prompt_logprobs is not None for chunk in batch.chunks)
+            hidden = self._compute_chunks(batch.chunks, all_tokens)
+            ends = list(accumulate(chunk.length if all_tokens else 1 for chunk in batch.chunks))
             if num_prefilled:
                 last = [end - 1 for c, end in zip(batch.chunks, ends, strict=True) if c.end == c.seq.num_tokens]
                 logits = self.model.logits(hidden[to_device(last, torch.int64, self.device)])
@@ -136,10 +137,10 @@ class ModelRunner:
         rows.advance(self.model.kernels, drawn)
         return logits, drawn
 
-    def _compute_chunks(self, chunks: Row[Chunk]) -> torch.Tensor:
-        """The hidden states of the chunks' tokens, one chunk behind the other."""
+    def _compute_chunks(self, chunks: Row[Chunk], all_tokens: bool) -> torch.Tensor:
+        """The hidden states of each chunk's last token, or of all tokens, one chunk behind the other."""
         token_ids, where = chunk_tensors(chunks, self.block_size, self.device)
-        return self.model(token_ids, self.cache, where)
+        return self.model(token_ids, self.cache, where, last_only=not all_tokens)
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> list[TokenLogprobs]:
         """The log-probabilities of the prompt's tokens that the chunk's tokens predict, in pieces.

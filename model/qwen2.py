@@ -64,8 +64,11 @@ class Attention(nn.Module):
         sin: torch.Tensor,
         cache: LayerCache,
         where: AttentionMetadata,
+        last_only: bool,
     ) -> torch.Tensor:
-        """x and its norm [tokens, hidden], or None as `norm_ahead` says → [tokens, heads·head_dim]"""
+        """x and its norm [tokens, hidden], or None as `norm_ahead` says → [tokens, heads·head_dim], or with last_only
+        a row for each chunk
+        """
         config, kernels = self.config, self.kernels
         heads, kv_heads = config.num_heads, config.num_kv_heads
         k_cache, v_cache = cache
@@ -84,6 +87,8 @@ class Attention(nn.Module):
                 q = kernels.rms_norm(q, self.q_norm, config.rms_norm_eps)
                 k = kernels.rms_norm(k, self.k_norm, config.rms_norm_eps)
             q = kernels.rotary_store_kv(q, k, v, *place)
+        if last_only:
+            q, where = q[where.last_tokens], where.decode_of_last_tokens()
         if where.is_decode:
             out = kernels.paged_attention(q, k_cache, v_cache, where.block_table, where.context_lens, self.scale)
         else:
@@ -138,13 +143,17 @@ class DecoderLayer(nn.Module):
         cache: LayerCache,
         where: AttentionMetadata,
         next_norm: torch.Tensor | None,
+        last_only: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [tokens, hidden], the residual stream, with what this layer adds to it, and its norm by next_norm.
 
-        A norm is computed with the sum that it is of, or, where it is None, by the kernel that reads it.
+        A norm is computed with the sum that it is of, or, where it is None, by the kernel that reads it. With last_only
+        a prefill's keys and values are those of all tokens, and what it returns is of each chunk's last.
         """
         add, attention, mlp = self.kernels.linear_add_norm, self.attention, self.mlp
-        y = attention(x, normed, cos, sin, cache, where)
+        y = attention(x, normed, cos, sin, cache, where, last_only)
+        if last_only:
+            x = x[where.last_tokens]
         x, normed = add(y, attention.o_weight, x, mlp.norm_ahead(len(x)), self.eps)
         return add(mlp(x, normed), mlp.down_weight, x, next_norm, self.eps)
 
@@ -185,17 +194,27 @@ class Qwen2(nn.Module):
         kept = {id(x): x for x in kept if isinstance(x, torch.Tensor)}
         return copy.deepcopy(self, {**kept, id(self.config): self.config, id(self.kernels): kernels})
 
-    def forward(self, token_ids: torch.Tensor, cache: list[LayerCache], where: AttentionMetadata) -> torch.Tensor:
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        cache: list[LayerCache],
+        where: AttentionMetadata,
+        *,
+        last_only: bool = False,
+    ) -> torch.Tensor:
         """The final hidden state of each token; its keys and values go into the cache on the way.
 
-        token_ids [tokens] int64, one cache a layer → [tokens, hidden]
+        token_ids [tokens] int64, one cache a layer → [tokens, hidden]. last_only: of a prefill, the states of each
+        chunk's last token alone, [sequences, hidden]; the last layer then computes nothing for the others but their
+        keys and values, for nothing reads it.
         """
         x = F.embedding(token_ids, self.embedding)
         first, *others = (layer.attention.norm_ahead(len(x)) for layer in self.layers)
         normed = None if first is None else self.kernels.rms_norm(x, first, self.config.rms_norm_eps)
-        for layer, layer_cache, next_norm in zip(self.layers, cache, (*others, self.norm), strict=True):
-            x, normed = layer(x, normed, self.cos, self.sin, layer_cache, where, next_norm)
-        return normed
+        table = self.cos, self.sin
+        for layer, layer_cache, next_norm in zip(self.layers[:-1], cache, others, strict=False):
+            x, normed = layer(x, normed, *table, layer_cache, where, next_norm)
+        return self.layers[-1](x, normed, *table, cache[-1], where, self.norm, last_only)[1]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, hidden] → [rows, vocab]"""
