@@ -125,6 +125,14 @@ def _paged_attention(
     return [{"batch": 1, "context": n, **shape, "float8": k_scale is not None} for n in context_lens.tolist()]
 
 
+def _append_attention(q: torch.Tensor, k_cache: torch.Tensor, context_lens: torch.Tensor, **rest: Any) -> Sizes:
+    """As `_paged_attention`; a row without a context appends nothing."""
+    _, block_size, kv_heads, head_dim = k_cache.shape
+    shape = {"heads": q.shape[1], "kv_heads": kv_heads, "head_dim": head_dim, "block_size": block_size}
+    contexts = context_lens.tolist()
+    return [{"batch": min(n, 1), "padded": 1 - min(n, 1), "context": n, **shape} for n in contexts]
+
+
 def _swiglu(gate_up: torch.Tensor) -> Sizes:
     return [{"tokens": len(gate_up), "intermediate": gate_up.shape[1] // 2}]
 
@@ -149,6 +157,7 @@ SIZES: Mapping[str, Callable[..., Sizes]] = {
     "linear_add_norm": _linear_add_norm,
     "rotary_store_kv": _rotary_store_kv,
     "paged_attention": _paged_attention,
+    "append_attention": _append_attention,
     "swiglu": _swiglu,
     "sample": _sample,
     "advance_decode": _advance_decode,

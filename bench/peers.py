@@ -419,6 +419,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("Triton (vLLM)", _vllm_triton_decode, _VLLM, _refuses_cache),
     ),
     "append_attention": (
+        _unfused(append_attention.OP),
         Peer("flash-attn 2", _flash_attn_append, _FLASH_ATTN, append_attention.OP.choose("flash_attn").refuses),
     ),
     "prefill_attention": (

@@ -5,6 +5,7 @@ Sources: those of rotary_store_kv.py and paged_attention.py; the call is flash-a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ import torch.nn.functional as F
 
 from .flash_attn_limits import needs_flash_attn, refused_by_flash_attn
 from .op import Case, Cost, Implementation, Op, needs_gpu
-from .paged_attention import paged_attention, paged_attention_reference
+from .paged_attention import NewTokens, attend, check_decode, paged_attention_reference
 from .paged_cache import random_paged_cache
 from .rotary import fused_qkv
-from .rotary_store_kv import rotary_store_kv, rotary_store_kv_reference
+from .rotary_store_kv import check_rotary_store_kv, rotary_store_kv_reference
 
 
 def append_attention_reference(
@@ -31,13 +32,17 @@ def append_attention_reference(
     block_table: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
+    *,
+    rotary_store_kv: Callable = rotary_store_kv_reference,
+    paged_attention: Callable = paged_attention_reference,
 ) -> torch.Tensor:
     """`rotary_store_kv_reference`, then `paged_attention_reference` of the rotated q; their shapes hold here.
 
-    One token a sequence; context_lens counts it. The caches change in place. → [batch, heads, head_dim]
+    One token a sequence, the last of its context: context_lens counts it, and its slot is the place that the row of the
+    table has for it. The caches change in place. → [batch, heads, head_dim]
     """
-    q = rotary_store_kv_reference(q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping)
-    return paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, scale)
+    q = rotary_store_kv(q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping)
+    return paged_attention(q, k_cache, v_cache, block_table, context_lens, scale)
 
 
 def append_attention(
@@ -54,9 +59,16 @@ def append_attention(
     context_lens: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """As `append_attention_reference`: our two kernels, one behind the other. ValueError as theirs."""
-    q = rotary_store_kv(q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping)
-    return paged_attention(q, k_cache, v_cache, block_table, context_lens, scale)
+    """As `append_attention_reference`, in the launches of `paged_attention`; equal inputs give equal bits.
+
+    Attention takes the new token from k and v and never from its slot, which no other row's context may hold: a row
+    with a context and a negative slot attends to its token, which is then written nowhere. A row without a context
+    writes nothing. ValueError as in `rotary_store_kv` and `paged_attention`; no float8.
+    """
+    check_rotary_store_kv(q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping)
+    check_decode(q, k_cache, v_cache, block_table, context_lens)
+    new = NewTokens(k, v, cos, sin, positions, slot_mapping)
+    return attend(q, k_cache, v_cache, block_table, context_lens, scale, new=new)
 
 
 def flash_attn_append(
@@ -230,6 +242,8 @@ OP = Op(
         Case(batch=3, context=49, shortest=16, heads=7, kv_heads=1, head_dim=64, block_size=16, padded=2),
         Case(batch=4, context=65, shortest=2, heads=6, kv_heads=2, head_dim=80, block_size=32),
         Case(batch=2, context=257, shortest=256, heads=3, kv_heads=3, head_dim=128, block_size=256),
+        Case(batch=3, context=129, shortest=1, heads=16, kv_heads=1, head_dim=96, block_size=48, padded=1),
+        Case(batch=2, context=20, shortest=17, heads=4, kv_heads=2, head_dim=6, block_size=16),
         Case(batch=0, context=1, heads=2, kv_heads=1, head_dim=64, block_size=16, padded=2),
     ),
     large_cases=(
@@ -243,4 +257,5 @@ OP = Op(
         Case(batch=35, context=4096, **_QWEN2_HALF_B, block_size=256),
     ),
     mutates=("k_cache", "v_cache"),
+    parts=("rotary_store_kv", "paged_attention"),
 )

@@ -45,6 +45,7 @@ OPS: Mapping[str, Op] = _by_name(
         sampling.OP,
         norm_linear.OP,
         norm_qkv_rotary_store_kv.OP,
+        append_attention.OP,
         linear_swiglu.OP,
         norm_gate_up_swiglu.OP,
         linear_add.OP,
@@ -54,13 +55,12 @@ OPS: Mapping[str, Op] = _by_name(
 )
 """The operators that an engine runs, fused ones behind their parts."""
 
-STANDALONE: Mapping[str, Op] = _by_name((rotary.OP, append_attention.OP, rms_norm.ADD_OP))
+STANDALONE: Mapping[str, Op] = _by_name((rotary.OP, rms_norm.ADD_OP))
 """Operators that no engine runs: parts and comparisons."""
 
 _IN_PLACE_OF = {
     "add_rms_norm": "linear_add_norm, which contains it",
     "rotary": "rotary_store_kv, which contains it",
-    "append_attention": "rotary_store_kv and paged_attention, which together are it",
 }
 
 

@@ -161,6 +161,27 @@ def check_cache(
         raise ValueError(f"slot_mapping is contiguous, not of strides {slot_mapping.stride()}")
 
 
+def check_rotary_store_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """ValueError for what `rotary_store_kv` does not take."""
+    check_arguments(q, k, cos, sin, positions)
+    if v.shape != k.shape or v.dtype != k.dtype or v.stride(2) != 1:
+        raise ValueError(
+            f"v is as k, {list(k.shape)} in {k.dtype}, with a contiguous last dimension, not {list(v.shape)} in "
+            f"{v.dtype} with strides {v.stride()}"
+        )
+    check_cache(k_cache, v_cache, slot_mapping, len(q), *k.shape[1:], k.dtype)
+
+
 def rotary_store_kv(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -177,13 +198,7 @@ def rotary_store_kv(
     Positions outside the table and slots outside the cache are not seen. ValueError for float64, for a cache of another
     dtype than k's, and for shapes that do not fit.
     """
-    check_arguments(q, k, cos, sin, positions)
-    if v.shape != k.shape or v.dtype != k.dtype or v.stride(2) != 1:
-        raise ValueError(
-            f"v is as k, {list(k.shape)} in {k.dtype}, with a contiguous last dimension, not {list(v.shape)} in "
-            f"{v.dtype} with strides {v.stride()}"
-        )
-    check_cache(k_cache, v_cache, slot_mapping, len(q), *k.shape[1:], k.dtype)
+    check_rotary_store_kv(q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]

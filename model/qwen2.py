@@ -86,6 +86,9 @@ class Attention(nn.Module):
             if config.qk_norm:
                 q = kernels.rms_norm(q, self.q_norm, config.rms_norm_eps)
                 k = kernels.rms_norm(k, self.k_norm, config.rms_norm_eps)
+            if where.is_decode:
+                out = kernels.append_attention(q, k, v, *place, where.block_table, where.context_lens, self.scale)
+                return out.flatten(1)
             q = kernels.rotary_store_kv(q, k, v, *place)
         if last_only:
             q, where = q[where.last_tokens], where.decode_of_last_tokens()

@@ -17,7 +17,7 @@ from .test_measure import OP, ROOF, made_up_gpu, peer, row, timing  # noqa: F401
 
 
 def test_there_are_peers_for_operators_alone():
-    assert set(PEERS) <= set(bench.OPERATORS) | {"append_attention"}
+    assert set(PEERS) <= set(bench.OPERATORS)
 
 
 @pytest.mark.parametrize("package", ["vllm", "flashinfer", "flash_attn"])

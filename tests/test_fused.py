@@ -191,6 +191,28 @@ def test_whatever_is_replaced_is_what_every_step_runs(tmp_path, op, calls, base)
     assert sorted(rows) == [1] * (2 * calls + head) + [3] * (calls - head)
 
 
+@pytest.mark.parametrize("op", ["append_attention", "paged_attention", "rotary_store_kv"])
+def test_a_decode_of_several_rows_appends_and_attends_in_one_call(tmp_path, op):
+    """Where a fused kernel is there for one row, whose attention is called by itself; a swap of a part is what runs."""
+    save_folder(tmp_path, eos_token_id=None)
+    rows = []
+
+    def counting(q, *rest):
+        rows.append(len(q))
+        return OPS[op].reference(q, *rest)
+
+    texts = []
+    for swaps in ({}, {op: counting, "norm_qkv_rotary_store_kv": "triton", "norm_linear": "triton"}):
+        kernels = KernelSet.reference().replace(**swaps)
+        engine = InferenceEngine(str(tmp_path), kernels=kernels, device="cpu", num_blocks=8, progress=False)
+        outputs = engine.generate([[4, 5], [6, 7, 8]], max_tokens=3) + engine.generate([1, 2, 3], max_tokens=2)
+        texts.append([output.token_ids for output in outputs])
+    assert texts[0] == texts[1]
+    decodes = [2] * 4 + [1] * 2 * (op == "paged_attention")  # two layers
+    prompts = [5, 5, 3, 3] * (op == "rotary_store_kv")
+    assert sorted(rows) == sorted(decodes + prompts)
+
+
 def test_gates_and_ups_are_as_many():
     with pytest.raises(ValueError, match=r"weight is \[2·intermediate, in\], not \[5, 8\]"):
         norm_gate_up_swiglu.norm_gate_up_swiglu(X, NORM, 1e-6, torch.ones(5, 8))
