@@ -233,7 +233,12 @@ OP = Op(
     reference=append_attention_reference,
     implementations={
         "triton": Implementation(append_attention, needs_gpu),
-        "flash_attn": Implementation(flash_attn_append, needs_flash_attn, refuses=_refused),
+        "flash_attn": Implementation(
+            flash_attn_append,
+            needs_flash_attn,
+            refuses=_refused,
+            unfit="flash-attn appends every row, and an engine pads its batches with rows that have no place",
+        ),
     },
     inputs=make_inputs,
     cost=cost,

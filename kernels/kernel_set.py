@@ -155,7 +155,7 @@ class KernelSet:
 
         A fused operator with a part among them is composed, so that the part runs, unless it is among them itself.
         A callable gets weights in their canonical layout. ValueError for an operator or an implementation that does not
-        exist, for an operator that no engine runs, and for a fused implementation beside a part that shares its weight
+        exist, for an operator or an implementation that no engine runs, and for a fused implementation beside a part that shares its weight
         and wants it in another layout.
         """
         chosen, changed = dict(self._chosen), set(swaps)
@@ -197,7 +197,12 @@ class KernelSet:
 
 
 def _choose(op: Op, name: str) -> Choice:
-    return name, None if name == COMPOSED and op.parts else op.choose(name)
+    if name == COMPOSED and op.parts:
+        return name, None
+    implementation = op.choose(name)
+    if implementation.unfit is not None:
+        raise ValueError(f"no engine can run {op.name}={name!r}: {implementation.unfit}")
+    return name, implementation
 
 
 def _that_prepares(op: Op, chosen: Mapping[str, Choice]) -> str | None:

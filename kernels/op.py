@@ -40,6 +40,7 @@ class Implementation:
                   without waiting for the GPU
     most_rows:    of a fused operator, the most rows of its first argument that `function` takes; a KernelSet composes
                   the operator's parts for more. None: any number
+    unfit:        why no engine can run it, in words, though it can be checked and measured by itself; None: one can
     """
 
     function: Callable
@@ -47,6 +48,7 @@ class Implementation:
     prepare: Callable[[torch.Tensor], torch.Tensor] | None = None
     refuses: Callable[..., str | None] | None = None
     most_rows: int | None = None
+    unfit: str | None = None
 
 
 @dataclass(frozen=True, init=False)

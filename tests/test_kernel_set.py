@@ -119,6 +119,11 @@ def test_the_swap_of_an_operator_that_no_engine_runs_names_the_one_that_it_runs(
             KernelSet.reference().replace(**{name: "reference"})
 
 
+def test_an_implementation_that_no_engine_can_run_is_refused():
+    with pytest.raises(ValueError, match=r"no engine can run append_attention='flash_attn': .* pads its batches"):
+        KernelSet.reference().replace(append_attention="flash_attn")
+
+
 def test_triton_says_why_it_cannot_run_on_a_cpu():
     for name in ("rms_norm", "norm_linear", "rotary_store_kv", "swiglu"):
         assert OPS[name].unavailable("triton", CPU) == "Triton compiles for a GPU"
