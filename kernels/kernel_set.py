@@ -155,8 +155,8 @@ class KernelSet:
 
         A fused operator with a part among them is composed, so that the part runs, unless it is among them itself.
         A callable gets weights in their canonical layout. ValueError for an operator or an implementation that does not
-        exist, for an operator or an implementation that no engine runs, and for a fused implementation beside a part that shares its weight
-        and wants it in another layout.
+        exist or that no engine runs, and for a fused implementation beside a part that shares its weight and wants it
+        in another layout.
         """
         chosen, changed = dict(self._chosen), set(swaps)
         for op in OPS.values():
