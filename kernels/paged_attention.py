@@ -60,7 +60,7 @@ def paged_attention_reference(
 LOG2_E = 1.4426950408889634
 
 
-def _launch(items: int, bytes_per_head: int) -> dict[str, int]:
+def _launch(items: int, bytes_per_head: int, block_size: int) -> dict[str, int]:
     """chunks that all contexts together are cut into (0: they are not cut), tokens a chunk has at least, tokens a
     tile, stages of loads in flight, and warps.
 
@@ -72,9 +72,11 @@ def _launch(items: int, bytes_per_head: int) -> dict[str, int]:
     if items <= 64:
         launch = {"chunks": min(64 * items, 384), "MIN_CHUNK": 32 if items <= 8 else 64, "TILE": 32, "STAGES": 3}
     elif items < 256:
-        launch = {"chunks": 420, "MIN_CHUNK": 256, "TILE": 64, "STAGES": 2}
+        launch = {"chunks": 420, "MIN_CHUNK": 128, "TILE": 64, "STAGES": 2}
     else:
-        launch = {"chunks": 0, "MIN_CHUNK": 64, "TILE": 64, "STAGES": 2}
+        # So many contexts are seldom of one length, and the longest are read faster in longer tiles of one block.
+        launch = {"chunks": 0, "MIN_CHUNK": 64, "STAGES": 2}
+        launch["TILE"] = 128 if items >= 1024 and block_size % 128 == 0 else 64
     for tokens in ("MIN_CHUNK", "TILE"):
         launch[tokens] = max(16, launch[tokens] * 256 // bytes_per_head)
     return launch | {"num_warps": 4}
@@ -128,7 +130,7 @@ def attend(
     group = heads // kv_heads
     items = batch * kv_heads
     block_dim = triton.next_power_of_2(head_dim)
-    launch = _launch(items, block_dim * q.element_size())
+    launch = _launch(items, block_dim * q.element_size(), block_size)
     chunks = launch["chunks"]
     shape = {
         "KV_HEADS": kv_heads,
@@ -302,6 +304,12 @@ _LOADS = (
     *({"batch": 128, "context": context} for context in (512, 4096)),
     {"batch": 256, "context": 512},
 )
+_SERVED = (
+    {"batch": 35, "context": 762, "shortest": 378},
+    {"batch": 128, "context": 762, "shortest": 378},
+    {"batch": 256, "context": 1280, "shortest": 356},
+)
+"""Contexts as they are in the middle of what `python -m bench.engine` serves."""
 _FEW_LOADS = ({"batch": 1, "context": 4096}, {"batch": 35, "context": 4096}, {"batch": 128, "context": 512})
 
 OP = Op(
@@ -326,6 +334,7 @@ OP = Op(
     ),
     large_cases=(
         *(Case(**load, **_QWEN2_7B, block_size=size) for size in (256, 16) for load in _LOADS),
+        *(Case(**load, **_QWEN2_7B, block_size=256) for load in _SERVED),
         *(Case(**load, **shape, block_size=256) for shape in (_QWEN2_HALF_B, _QWEN3_8B) for load in _FEW_LOADS),
         *(Case(**load, **_QWEN2_7B, block_size=256, float8=True) for load in _FEW_LOADS),
         Case(batch=1, context=131072, **_QWEN2_7B, block_size=256),

@@ -10,9 +10,9 @@ from microvllm.kernels.op import Case
 CASE = Case(batch=2, context=700, shortest=3, heads=6, kv_heads=2, head_dim=64, block_size=16, padded=1)
 
 
-@pytest.mark.parametrize("items", [1, 9, 65, 257])
+@pytest.mark.parametrize("items", [1, 9, 65, 257, 1024])
 def test_every_launch_gives_the_same_function(monkeypatch, items):
-    launch = paged_attention._launch(items, bytes_per_head=256)
+    launch = paged_attention._launch(items, bytes_per_head=256, block_size=256)
     monkeypatch.setattr(paged_attention, "_launch", lambda *sizes: launch)
     report = paged_attention.OP.check("triton", [CASE], dtypes=[torch.float32])
     assert report.ok, f"\n{report}"
