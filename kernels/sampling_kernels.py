@@ -82,6 +82,20 @@ def _filters(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab):
 
 
 @triton.jit
+def _vector_max(logit):
+    """The largest logit of each row of [vectors, at most 8], +inf where it holds a NaN.
+
+    tl.max passes over a NaN, and asking each logit for one costs more than the maximum.
+    """
+    for _ in tl.static_range(3):
+        if logit.shape[1] > 1:
+            left, right = tl.split(tl.reshape(logit, (logit.shape[0], logit.shape[1] // 2, 2)))
+            logit = tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+    vector_max = tl.reshape(logit, (logit.shape[0],))
+    return tl.where(vector_max == vector_max, vector_max, _INF)
+
+
+@triton.jit
 def summarize_kernel(
     logits_ptr,
     temperature_ptr,
@@ -97,41 +111,51 @@ def summarize_kernel(
     stride_row,
     vocab,
     CHUNK: tl.constexpr,
+    VECTOR: tl.constexpr,
     GROUP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program for each (chunk, row). A NaN counts as +inf: a row with either has no draw."""
+    """One program for each (chunk, row). A NaN counts as +inf: a row with either has no draw.
+
+    VECTOR:  neighbours that one thread loads at once and reduces before it asks another thread
+    """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     place = row * tl.num_programs(0) + chunk
-    groups: tl.constexpr = CHUNK // GROUP
-    group = chunk * groups + tl.arange(0, groups)
-    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    logit = tl.load(logits_ptr + row * stride_row + token, mask=token < vocab, other=-_INF).to(tl.float32)
+    logits_ptr += row * stride_row
+    vector = chunk * CHUNK + tl.arange(0, CHUNK // VECTOR) * VECTOR  # the first token of each
+    token = vector[:, None] + tl.arange(0, VECTOR)[None, :]
+    logit = tl.load(logits_ptr + token, mask=token < vocab, other=-_INF).to(tl.float32)
     temperature, _, _, _, filtered = _filters(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab)
     stream = stream_of(seed_ptr, index_ptr, row)
     allow_next(DEPENDENT)
 
-    logit = tl.where(logit == logit, logit, _INF)
-    group_max = tl.max(logit, axis=1)
-    chunk_max = tl.max(group_max)
+    vector_max = _vector_max(logit)
+    chunk_max = tl.max(vector_max, axis=0)
     tl.store(chunk_max_ptr + place, chunk_max)
     # Scores in base 2, relative to the chunk and rounded otherwise than `_score`: enough for a sum, and for the winner
     # of a chunk but where two come in within 1e-6. The bounds keep infinity − infinity and 0 · infinity away.
     largest = tl.where(tl.abs(chunk_max) < _INF, chunk_max, 0.0)
-    score = (logit - largest) * (_LOG2_E / tl.maximum(temperature, 2.0**-100))
+    scale = _LOG2_E / tl.maximum(temperature, 2.0**-100)
     if filtered:
+        groups: tl.constexpr = CHUNK // GROUP
+        group = chunk * groups + tl.arange(0, groups)
+        group_max = tl.max(tl.reshape(vector_max, (groups, GROUP // VECTOR)), axis=1)
         num_groups = tl.cdiv(vocab, GROUP)
         tl.store(group_max_ptr + row * num_groups + group, group_max, mask=group < num_groups)
-        tl.store(chunk_sum_ptr + place, tl.sum(tl.exp2(score)))
-    else:
-        time = -logit
-        if temperature > 0:
-            # One sum of 64 bits a token, where a product would take several instructions.
-            of_group = stream + (group * GROUP + 1).to(tl.uint64) * GAMMA
-            within = tl.arange(0, GROUP).to(tl.uint64) * GAMMA
-            time = exponential_at(of_group[:, None] + within[None, :]) * tl.exp2(-score)
+        tl.store(chunk_sum_ptr + place, tl.sum(tl.sum(tl.exp2((logit - largest) * scale), axis=1), axis=0))
+    elif temperature > 0:
+        # One sum of 64 bits a token, where a product would take several instructions.
+        of_vector = stream + (vector + 1).to(tl.uint64) * GAMMA
+        within = tl.arange(0, VECTOR).to(tl.uint64) * GAMMA
+        time = exponential_at(of_vector[:, None] + within[None, :]) * tl.exp2((largest - logit) * scale)
         tl.store(chunk_winner_ptr + place, tl.min(tl.where(time == tl.min(time), token, 0x7FFFFFFF)))
+    else:
+        # The first vector with the largest logit, which is read again: fewer comparisons than of each logit.
+        first = tl.min(tl.where(vector_max == chunk_max, vector, vocab), axis=0)
+        its_token = first + tl.arange(0, VECTOR)
+        its_logit = tl.load(logits_ptr + its_token, mask=its_token < vocab, other=-_INF).to(tl.float32)
+        tl.store(chunk_winner_ptr + place, tl.min(tl.where(its_logit == chunk_max, its_token, vocab), axis=0))
 
 
 @triton.jit

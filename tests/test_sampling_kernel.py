@@ -27,7 +27,7 @@ OFF = 10**9  # of top_k
 LISTED = 16
 SMALL = {
     "both": {"GROUP": 4},
-    "summarize": {"CHUNK": 32, "num_warps": 1},
+    "summarize": {"CHUNK": 32, "VECTOR": 2, "num_warps": 1},
     "draw": {"WANTED": 2, "LISTED_GROUPS": 16, "LISTED": LISTED, "BLOCK": 64, "num_warps": 1},
 }
 
