@@ -77,7 +77,7 @@ def _filters(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab):
         p = tl.load(top_p_ptr + row)
     if min_p_ptr is not None:
         min_p = tl.load(min_p_ptr + row)
-        floor = tl.where(min_p > 0, tl.log(tl.maximum(min_p, 2.0**-149)), -_INF)
+        floor = tl.where(min_p > 0, tl.log(tl.where(min_p > 0, min_p, 1.0)), -_INF)
     return temperature, k, p, floor, (temperature > 0) & ((k < vocab) | (p < 1) | (floor > -_INF))
 
 
