@@ -67,16 +67,22 @@ def exponential(stream, token):
 
 
 @triton.jit
+def uniform_at(state):
+    """A token's u by its state; 1 for the greatest, which the exponential variate takes as 1 − 2^−24."""
+    # The upper half of _hash: a shift and an exclusive or of 32 bits, and a conversion that 64 bits would make slow.
+    upper = (_scramble(state) >> 32).to(tl.uint32)
+    bits = upper ^ (upper >> 31)
+    return bits.to(tl.float32) * 2.0**-32 + 2.0**-33
+
+
+@triton.jit
 def exponential_at(state):
-    """The same, by the token's state.
+    """`exponential` by the token's state.
 
     With 1 − u = m · 2^e and m in [2/3, 4/3) it is −(e · log 2 + log1p(f)), where f = m − 1 = 2^−e · (1 − u) − 1 is
     written so that it is exact. log1p(f) is f + f² · q(f), and q the polynomial that errs least relative to it.
     """
-    # The upper half of _hash: a shift and an exclusive or of 32 bits, and a conversion that 64 bits would make slow.
-    upper = (_scramble(state) >> 32).to(tl.uint32)
-    bits = upper ^ (upper >> 31)
-    u = tl.minimum(bits.to(tl.float32) * 2.0**-32 + 2.0**-33, 1 - 2.0**-24)
+    u = tl.minimum(uniform_at(state), 1 - 2.0**-24)
     exponent = ((1 - u).to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000  # e · 2²³; 0x3F2AAAAB is 2/3
     scale = (0x3F800000 - exponent).to(tl.float32, bitcast=True)  # 2^−e; 0x3F800000 is 1
     f = (scale - 1) - scale * u

@@ -100,7 +100,7 @@ def _launch(vocab: int) -> dict[str, dict[str, int]]:
     group = max(32, triton.next_power_of_2(vocab) // 8192)
     return {
         "both": {"GROUP": group},
-        "summarize": {"CHUNK": chunk, "VECTOR": 8, "num_warps": chunk // 512},
+        "summarize": {"CHUNK": chunk, "STEP": chunk // 2, "VECTOR": 8, "num_warps": chunk // 512},
         "draw": {"WANTED": 64, "LISTED_GROUPS": 512, "LISTED": 512, "BLOCK": 4096, "num_warps": 16},
     }
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .dependent_launch import allow_next, wait_for_previous
-from .gumbel import GAMMA, exponential, exponential_at, stream_of
+from .gumbel import GAMMA, exponential, exponential_at, stream_of, uniform_at
 
 _INF = tl.constexpr(float("inf"))
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -96,6 +96,90 @@ def _vector_max(logit):
 
 
 @triton.jit
+def _weights(logits_ptr, vector, vocab, largest, scale, VECTOR: tl.constexpr):
+    """exp(−score) of the tokens of vectors that begin at `vector`, the score in base 2: (logit − largest) · scale."""
+    token = vector[:, None] + tl.arange(0, VECTOR)[None, :]
+    logit = tl.load(logits_ptr + token, mask=token < vocab, other=-_INF).to(tl.float32)
+    return tl.exp2((largest - logit) * scale)
+
+
+@triton.jit
+def _race(
+    logits_ptr,
+    start,
+    vocab,
+    largest,
+    scale,
+    stream,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """The token with the least time E · exp(−score) of the chunk that begins at token `start`.
+
+    E = −log(1 − u) is u or more, so u · exp(−score) bounds a time from below at half its cost. The vector with the
+    least bound is timed. It has the winner if no other's bound is within the least time; else all are timed. That is
+    as rare as the winner is unlikely: E is about u + u²/2, and u about the winner's share of the chunk's probability.
+    """
+    LANES: tl.constexpr = STEP // VECTOR
+    vector = start + tl.arange(0, LANES) * VECTOR
+    # One sum of 64 bits a token, where a product would take several instructions.
+    of_vector = stream + (vector + 1).to(tl.uint64) * GAMMA
+    within = tl.arange(0, VECTOR).to(tl.uint64) * GAMMA
+    of_step: tl.constexpr = STEP * GAMMA % 2**64
+
+    state = of_vector
+    least = tl.full((LANES,), _INF, tl.float32)  # of the bounds of a lane's vectors; then the least but that one
+    second = tl.full((LANES,), _INF, tl.float32)
+    its_vector = vector
+    for step in range(0, CHUNK, STEP):
+        weight = _weights(logits_ptr, vector + step, vocab, largest, scale, VECTOR)
+        bound = tl.min(uniform_at(state[:, None] + within[None, :]) * weight, axis=1)
+        its_vector = tl.where(bound < least, vector + step, its_vector)
+        second = tl.minimum(second, tl.maximum(bound, least))
+        least = tl.minimum(bound, least)
+        state += of_step
+
+    first, _ = _first(least, its_vector)
+    token = first + tl.arange(0, VECTOR)
+    logit = tl.load(logits_ptr + token, mask=token < vocab, other=-_INF).to(tl.float32)
+    winner, time = _first(exponential(stream, token) * tl.exp2((largest - logit) * scale), token)
+    reach = time * (1 + 2.0**-20)  # more than rounding may take away
+    rivals = tl.sum((least <= reach).to(tl.int32) + (second <= reach).to(tl.int32), axis=0)
+    if (rivals > 1) & (time < _INF):
+        winner = _race_in_full(logits_ptr, vector, vocab, largest, scale, of_vector, CHUNK, STEP, VECTOR)
+    return winner
+
+
+@triton.jit
+def _race_in_full(
+    logits_ptr,
+    vector,
+    vocab,
+    largest,
+    scale,
+    state,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """As `_race`, with the time of every token. vector: where those of the first step begin; state: of these tokens"""
+    within = tl.arange(0, VECTOR).to(tl.uint64) * GAMMA
+    of_step: tl.constexpr = STEP * GAMMA % 2**64
+    first_time = tl.full((STEP // VECTOR, VECTOR), _INF, tl.float32)
+    first_token = tl.zeros((STEP // VECTOR, VECTOR), tl.int32)
+    for step in range(0, CHUNK, STEP):
+        weight = _weights(logits_ptr, vector + step, vocab, largest, scale, VECTOR)
+        time = exponential_at(state[:, None] + within[None, :]) * weight
+        token = (vector + step)[:, None] + tl.arange(0, VECTOR)[None, :]
+        first_token = tl.where(time < first_time, token, first_token)
+        first_time = tl.minimum(time, first_time)
+        state += of_step
+    winner, _ = _first(first_time, first_token)
+    return winner
+
+
+@triton.jit
 def summarize_kernel(
     logits_ptr,
     temperature_ptr,
@@ -111,12 +195,14 @@ def summarize_kernel(
     stride_row,
     vocab,
     CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
     VECTOR: tl.constexpr,
     GROUP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One program for each (chunk, row). A NaN counts as +inf: a row with either has no draw.
 
+    STEP:    tokens that race at a time, where the chunk has more than there are registers for
     VECTOR:  neighbours that one thread loads at once and reduces before it asks another thread
     """
     chunk = tl.program_id(0)
@@ -145,11 +231,8 @@ def summarize_kernel(
         tl.store(group_max_ptr + row * num_groups + group, group_max, mask=group < num_groups)
         tl.store(chunk_sum_ptr + place, tl.sum(tl.sum(tl.exp2((logit - largest) * scale), axis=1), axis=0))
     elif temperature > 0:
-        # One sum of 64 bits a token, where a product would take several instructions.
-        of_vector = stream + (vector + 1).to(tl.uint64) * GAMMA
-        within = tl.arange(0, VECTOR).to(tl.uint64) * GAMMA
-        time = exponential_at(of_vector[:, None] + within[None, :]) * tl.exp2((largest - logit) * scale)
-        tl.store(chunk_winner_ptr + place, tl.min(tl.where(time == tl.min(time), token, 0x7FFFFFFF)))
+        winner = _race(logits_ptr, chunk * CHUNK, vocab, largest, scale, stream, CHUNK, STEP, VECTOR)
+        tl.store(chunk_winner_ptr + place, winner)
     else:
         # The first vector with the largest logit, which is read again: fewer comparisons than of each logit.
         first = tl.min(tl.where(vector_max == chunk_max, vector, vocab), axis=0)

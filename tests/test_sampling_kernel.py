@@ -27,7 +27,7 @@ OFF = 10**9  # of top_k
 LISTED = 16
 SMALL = {
     "both": {"GROUP": 4},
-    "summarize": {"CHUNK": 32, "VECTOR": 2, "num_warps": 1},
+    "summarize": {"CHUNK": 32, "STEP": 8, "VECTOR": 2, "num_warps": 1},
     "draw": {"WANTED": 2, "LISTED_GROUPS": 16, "LISTED": LISTED, "BLOCK": 64, "num_warps": 1},
 }
 
@@ -51,7 +51,7 @@ def ways(monkeypatch) -> Counter:
 
         monkeypatch.setattr(sampling_kernels, name, counted)
 
-    for name in ("_list", "_draw_listed", "_search", "_mass_of_top"):
+    for name in ("_race_in_full", "_list", "_draw_listed", "_search", "_mass_of_top"):
         count(name)
     monkeypatch.setattr(sampling, "_launch", lambda vocab: SMALL)
     return counts
@@ -135,6 +135,22 @@ class TestEveryWay:
         assert_same(arguments(normal(4, 100), temperature=0.0, top_k=3, top_p=0.5))
         assert_same(arguments(normal(4, 100)))
         assert_same(arguments(normal(4, 100), top_k=100))
+        assert not ways.keys() - {"race_in_full"}
+
+
+class TestRace:
+    @pytest.mark.parametrize("temperature", [0.5, 2.0])
+    def test_all_tokens_are_timed_where_one_vector_does_not_suffice(self, temperature, ways):
+        chunks = 0
+        for trial, shape in enumerate(SHAPES.values()):
+            assert_same(arguments(shape(normal(4, 150, seed=trial)), temperature=temperature, seed=trial))
+            chunks += 4 * triton.cdiv(150, SMALL["summarize"]["CHUNK"])
+        assert chunks // 100 < ways["race_in_full"] < chunks // 2
+
+    def test_no_token_is_timed_twice_where_all_are_impossible(self, ways):
+        logits = torch.full((8, 150), -INF)
+        logits[:, 140] = 0.0
+        assert assert_same(arguments(logits)) == [140] * 8
         assert not ways
 
 
