@@ -53,7 +53,7 @@ def ways(monkeypatch) -> Counter:
 
     for name in ("_race_in_full", "_list", "_draw_listed", "_search", "_mass_of_top"):
         count(name)
-    monkeypatch.setattr(sampling, "_launch", lambda vocab: SMALL)
+    monkeypatch.setattr(sampling, "_launch", lambda *sizes: SMALL)
     return counts
 
 
@@ -275,9 +275,10 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("vocab", [1, 2500, 32000, 49152, 128256, 151936, 152064, 262144, sampling.MAX_VOCAB])
 def test_chunks_and_groups_stay_few_enough_for_a_program(vocab):
-    launch = sampling._launch(vocab)
-    assert triton.cdiv(vocab, launch["summarize"]["CHUNK"]) <= 128
-    assert triton.cdiv(vocab, launch["both"]["GROUP"]) <= 8192
+    for rows in (1, 256):
+        launch = sampling._launch(vocab, rows)
+        assert triton.cdiv(vocab, launch["summarize"]["CHUNK"]) <= 128
+        assert triton.cdiv(vocab, launch["both"]["GROUP"]) <= 8192
 
 
 @triton.jit
