@@ -14,7 +14,7 @@ import torch
 import triton
 
 from .compiled import compiled
-from .dependent_launch import dependent_launch, has_dependent_launch
+from .dependent_launch import dependent_launch
 from .gumbel import gumbel_noise
 from .op import Case, Cost, Implementation, Op, needs_gpu
 from .sampling_kernels import draw_kernel, summarize_kernel
@@ -176,10 +176,8 @@ def top_k_top_p_sample(
     )
     parameters = [None if column is None else column.contiguous() for column, _ in columns.values()]
     sizes = {"stride_row": logits.stride(0), "vocab": vocab}
-    dependent = has_dependent_launch(logits.device)
-    summarize_kernel[(num_chunks, rows)](
-        logits, *parameters, *summary, **sizes, **both, **summarize, DEPENDENT=dependent
-    )
+    dependent = dependent_launch(logits.device)
+    summarize_kernel[(num_chunks, rows)](logits, *parameters, *summary, **sizes, **both, **summarize, **dependent)
     lanes = 32 * draw["num_warps"]
     draw_kernel[(rows,)](
         logits,
@@ -194,7 +192,7 @@ def top_k_top_p_sample(
         LANES=lanes,
         **both,
         **draw,
-        **dependent_launch(logits.device),
+        **dependent,
     )
     return drawn
 

@@ -211,6 +211,8 @@ def summarize_kernel(
     logits_ptr += row * stride_row
     vector = chunk * CHUNK + tl.arange(0, CHUNK // VECTOR) * VECTOR  # the first token of each
     token = vector[:, None] + tl.arange(0, VECTOR)[None, :]
+    # Before `allow_next`: the second launch reads the parameters while this one runs, so they must be there by then.
+    wait_for_previous(DEPENDENT)
     logit = tl.load(logits_ptr + token, mask=token < vocab, other=-_INF).to(tl.float32)
     temperature, _, _, _, filtered = _filters(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab)
     stream = stream_of(seed_ptr, index_ptr, row)
