@@ -22,6 +22,9 @@ def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
 def _swiglu_kernel(
     gate_up_ptr, y_ptr, stride_token, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
@@ -38,7 +41,8 @@ def _swiglu_kernel(
     up = tl.load(gate_row + INTERMEDIATE + column, mask=mask, other=0.0)
     tl.debug_barrier()  # without it ptxas loads up where it is used: one latency after the other
     gate = tl.load(gate_row + column, mask=mask, other=0.0).to(tl.float32)
-    y = gate / (1 + tl.exp(-gate)) * up.to(tl.float32)
+    # exp2 of a product is two instructions; tl.exp scales where it would underflow, which takes three more.
+    y = gate / (1 + tl.exp2(gate * -_LOG2_E)) * up.to(tl.float32)
     tl.store(y_ptr + token * INTERMEDIATE + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
