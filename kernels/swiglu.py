@@ -46,9 +46,12 @@ def _swiglu_kernel(
     tl.store(y_ptr + token * INTERMEDIATE + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch() -> dict[str, int]:
-    """BLOCK and num_warps: one 16-byte load of each half a thread, whatever the size."""
-    return {"BLOCK": 1024, "num_warps": 4}
+def _launch(elements: int) -> dict[str, int]:
+    """BLOCK and num_warps for so many elements of y: one load of each half a thread, of 8 bytes or 16.
+
+    As many as are on the GPU at once are done soonest with the fewest instructions behind each load.
+    """
+    return {"BLOCK": 1024, "num_warps": 8 if elements <= 2**20 else 4}
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -67,7 +70,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     y = torch.empty(tokens, intermediate, dtype=gate_up.dtype, device=gate_up.device)
     if y.numel() == 0:
         return y
-    launch = _launch() | dependent_launch(gate_up.device)
+    launch = _launch(y.numel()) | dependent_launch(gate_up.device)
     grid = (tokens * triton.cdiv(intermediate, launch["BLOCK"]),)
     _swiglu_kernel[grid](gate_up, y, gate_up.stride(0), INTERMEDIATE=intermediate, **launch)
     return y
