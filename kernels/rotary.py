@@ -34,7 +34,10 @@ def rotary_reference(
 def head_pointers(
     q_ptr, k_ptr, token, head, q_stride_token, q_stride_head, k_stride_token, k_stride_head, HEADS: tl.constexpr
 ):
-    """Where a token's heads begin; behind the heads of q come those of k. token int64, head [heads, 1] int32"""
+    """Where the heads of tokens begin; behind those of q come those of k.
+
+    token [tokens, 1, 1] int64, head [1, heads, 1] int32
+    """
     return tl.where(
         head < HEADS,
         q_ptr + token * q_stride_token + head.to(tl.int64) * q_stride_head,
@@ -50,6 +53,15 @@ def rotate(low, high, cos, sin):
 
 
 @triton.jit
+def tokens_of_program(program, tokens, BLOCK_TOKENS: tl.constexpr):
+    """[BLOCK_TOKENS, 1, 1] int64; a program that has too few repeats the last, and writes it twice."""
+    token = program.to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None, None]
+    if BLOCK_TOKENS > 1:
+        token = tl.minimum(token, tokens - 1)
+    return token
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def _rotary_kernel(
     q_ptr,
     k_ptr,
@@ -58,6 +70,7 @@ def _rotary_kernel(
     positions_ptr,
     q_out_ptr,
     k_out_ptr,
+    tokens,
     q_stride_token,
     q_stride_head,
     k_stride_token,
@@ -65,15 +78,16 @@ def _rotary_kernel(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     allow_next(DEPENDENT)
     GROUPS: tl.constexpr = (HEADS + KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
-    token = (tl.program_id(0) // GROUPS).to(tl.int64)
-    head = (tl.program_id(0) % GROUPS * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
-    column = tl.arange(0, BLOCK_HALF)[None, :]
+    token = tokens_of_program(tl.program_id(0) // GROUPS, tokens, BLOCK_TOKENS)
+    head = (tl.program_id(0) % GROUPS * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[None, :, None]
+    column = tl.arange(0, BLOCK_HALF)[None, None, :]
     mask = (head < HEADS + KV_HEADS) & (column < HALF)
 
     # Two latencies follow each other, the position's and that of cos and sin; all else is loaded meanwhile. Without the
@@ -97,16 +111,22 @@ def _rotary_kernel(
 
 
 def launch_shape(tokens: int, heads: int, half: int, most_heads: int) -> dict[str, int]:
-    """BLOCK_HEADS, at most `most_heads`, BLOCK_HALF, num_warps for so many tokens with `heads` heads, q's and k's."""
+    """The kernels' BLOCK_ constants, BLOCK_HEADS at most `most_heads`, and num_warps.
+
+    heads: q's and k's together; half: of a head's dimensions
+    """
     block_half = triton.next_power_of_2(half)
+    # Heads of 64 or less are little work for a program of one token, and thousands of programs are long in starting.
+    block_tokens = 2 if tokens > 256 and block_half <= 32 else 1
     return {
+        "BLOCK_TOKENS": block_tokens,
         # Few tokens: one load of each half and of cos and sin a thread, the soonest done. Many: eight elements of
         # several heads a thread, so that more is under way and cos and sin serve more than one.
         "BLOCK_HEADS": min(triton.next_power_of_2(heads), 8 if tokens <= 256 else most_heads),
         "BLOCK_HALF": block_half,
         # More threads than the table's row has elements: then Triton has each thread load those it multiplies with,
         # and otherwise has them meet in shared memory.
-        "num_warps": min(16, max(1, block_half // 16)),
+        "num_warps": block_tokens * min(16, max(1, block_half // 16)),
     }
 
 
@@ -153,7 +173,7 @@ def rotary(
     if tokens * total * head_dim == 0:
         return q_out, k_out
     launch = launch_shape(tokens, total, head_dim // 2, most_heads=32)
-    grid = (tokens * triton.cdiv(total, launch["BLOCK_HEADS"]),)
+    grid = (triton.cdiv(tokens, launch["BLOCK_TOKENS"]) * triton.cdiv(total, launch["BLOCK_HEADS"]),)
     _rotary_kernel[grid](
         q,
         k,
@@ -162,6 +182,7 @@ def rotary(
         positions,
         q_out,
         k_out,
+        tokens,
         *q.stride()[:2],
         *k.stride()[:2],
         HEADS=heads,
@@ -237,6 +258,7 @@ OP = Op(
         Case(tokens=9, heads=3, kv_heads=3, head_dim=4),
         Case(tokens=2, heads=1, kv_heads=1, head_dim=2),
         Case(tokens=30, heads=20, kv_heads=1, head_dim=16),
+        Case(tokens=257, heads=2, kv_heads=1, head_dim=8),
         Case(tokens=0, heads=4, kv_heads=2, head_dim=8),
     ),
     large_cases=tuple(

@@ -21,6 +21,7 @@ from .rotary import (
     rotary_reference,
     rotate,
     table_and_positions,
+    tokens_of_program,
 )
 
 
@@ -59,7 +60,7 @@ def rotary_store_kv_reference(
     return q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _rotary_store_kv_kernel(
     q_ptr,
     k_ptr,
@@ -71,6 +72,7 @@ def _rotary_store_kv_kernel(
     v_cache_ptr,
     slots_ptr,
     q_out_ptr,
+    tokens,
     q_stride_token,
     q_stride_head,
     k_stride_token,
@@ -87,6 +89,7 @@ def _rotary_store_kv_kernel(
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_V_HEADS: tl.constexpr,
@@ -95,13 +98,14 @@ def _rotary_store_kv_kernel(
 ):
     allow_next(DEPENDENT)
     GROUPS: tl.constexpr = (HEADS + KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
-    token = (tl.program_id(0) // GROUPS).to(tl.int64)
+    token = tokens_of_program(tl.program_id(0) // GROUPS, tokens, BLOCK_TOKENS)
     group = tl.program_id(0) % GROUPS
-    head = (group * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
-    column = tl.arange(0, BLOCK_HALF)[None, :]
+    head = (group * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[None, :, None]
+    column = tl.arange(0, BLOCK_HALF)[None, None, :]
     mask = (head < HEADS + KV_HEADS) & (column < HALF)
-    v_head = (group * BLOCK_V_HEADS + tl.arange(0, BLOCK_V_HEADS))[:, None]  # a token's groups share the heads of v
-    dim = tl.arange(0, BLOCK_DIM)[None, :]
+    # A token's groups share the heads of v.
+    v_head = (group * BLOCK_V_HEADS + tl.arange(0, BLOCK_V_HEADS))[None, :, None]
+    dim = tl.arange(0, BLOCK_DIM)[None, None, :]
     v_mask = (v_head < KV_HEADS) & (dim < 2 * HALF)
 
     # The order of the loads and the barrier are as in rotary's kernel. The slot, which the stores alone need, comes
@@ -206,7 +210,7 @@ def rotary_store_kv(
         return q_out
     launch = launch_shape(tokens, heads + kv_heads, head_dim // 2, most_heads=16)
     groups = triton.cdiv(heads + kv_heads, launch["BLOCK_HEADS"])
-    _rotary_store_kv_kernel[(tokens * groups,)](
+    _rotary_store_kv_kernel[(triton.cdiv(tokens, launch["BLOCK_TOKENS"]) * groups,)](
         q,
         k,
         v,
@@ -217,6 +221,7 @@ def rotary_store_kv(
         v_cache,
         slot_mapping,
         q_out,
+        tokens,
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
@@ -311,6 +316,7 @@ OP = Op(
         Case(tokens=9, heads=3, kv_heads=3, head_dim=4, block_size=5, padded=4),
         Case(tokens=2, heads=1, kv_heads=1, head_dim=2, block_size=1),
         Case(tokens=30, heads=20, kv_heads=1, head_dim=8, block_size=64, padded=7),
+        Case(tokens=257, heads=2, kv_heads=1, head_dim=8, block_size=16, padded=3),
         Case(tokens=0, heads=4, kv_heads=2, head_dim=8, block_size=16),
     ),
     large_cases=tuple(
