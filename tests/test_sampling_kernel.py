@@ -147,6 +147,13 @@ class TestRace:
             chunks += 4 * triton.cdiv(150, SMALL["summarize"]["CHUNK"])
         assert chunks // 100 < ways["race_in_full"] < chunks // 2
 
+    def test_a_token_whose_bound_is_the_least_may_lose(self, ways):
+        """An even race of two: E is far above u where u is near 1."""
+        logits = torch.full((64, 32), -INF)
+        logits[:, 3], logits[:, 20] = 0.0, -1.0
+        assert set(assert_same(arguments(logits, seed=1))) == {3, 20}
+        assert ways["race_in_full"] >= 4
+
     def test_no_token_is_timed_twice_where_all_are_impossible(self, ways):
         logits = torch.full((8, 150), -INF)
         logits[:, 140] = 0.0
