@@ -1,4 +1,4 @@
-"""The product that makes gate and up, and SwiGLU of it, for NVIDIA's Hopper, in Gluon: 65 to 256 tokens in one launch.
+"""The product that makes gate and up, and SwiGLU of it, for NVIDIA's Hopper, in Gluon: 65 to 128 tokens in one launch.
 
 One warp fetches tiles of x and of the weight by TMA, two warpgroups multiply, persistently over the tiles: the warp
 has the next tile's weights on their way while SwiGLU of this one is computed and stored (the warp-specialised
@@ -7,13 +7,13 @@ persistent product of NVIDIA's CUTLASS).
 What bounds it is reading: the weight from memory, and x from the L2 once for every tile of the weight, since so many
 rows do not stay in shared memory. 128 rows of x beside a tile of n outputs move 1 + 128 / n times the weight's bytes,
 so tiles are as wide as the registers allow: 288 outputs. Qwen2-7B's 37888 are then 132 tiles, one for each
-multiprocessor of an H100. More than 128 rows are two tiles of x; the two programs that read the same weights are
-neighbours, so that the second has them from the L2.
+multiprocessor of an H100.
 
 `python -m bench.kernels linear_swiglu` times it beside cuBLAS and the SwiGLU kernel. Tried, and slower than this: the
-tiles in plain Triton with tensor descriptors; 256 rows by 144 or, three tiles to two programs, by 192 outputs. y stored
-by TMA was faster by less than a hundredth, and needs the buffers: one tile a program. Without SwiGLU the product was no
-faster than cuBLAS's, nor were those of the other projections.
+tiles in plain Triton with tensor descriptors; programs that begin at different columns, so as not to read the same of x
+at once. 256 rows, as two tiles of x, are slower than cuBLAS and SwiGLU on an H200. y stored by TMA was faster by less
+than a hundredth, and needs the buffers: one tile a program. Without SwiGLU the product was no faster than cuBLAS's, nor
+were those of the other projections.
 """
 
 from __future__ import annotations
@@ -40,26 +40,25 @@ _INPUTS, _STAGES = 64, 4
 """Inputs of a step, 128 bytes, the swizzle that wgmma reads fastest, and steps held at once: 208 of 227 KiB."""
 
 
-def _tiles(rows: int, intermediate: int) -> tuple[int, int]:
-    """Tiles of the weight, and of x for each."""
-    return triton.cdiv(intermediate, sum(_GATES)), triton.cdiv(rows, _ROWS)
+def _tiles(intermediate: int) -> int:
+    """Of the weight."""
+    return triton.cdiv(intermediate, sum(_GATES))
 
 
-def keeps_busy(rows: int, intermediate: int, multiprocessors: int) -> bool:
+def keeps_busy(intermediate: int, multiprocessors: int) -> bool:
     """Whether less than a tenth of the multiprocessors' time is idle, all tiles taking the same.
 
     A smaller or an uneven product is left to cuBLAS, which cuts it to fit.
     """
-    tiles, row_tiles = _tiles(rows, intermediate)
-    turns = triton.cdiv(tiles, multiprocessors // row_tiles)
-    return tiles * row_tiles > 0.9 * turns * multiprocessors
+    tiles = _tiles(intermediate)
+    return tiles > 0.9 * triton.cdiv(tiles, multiprocessors) * multiprocessors
 
 
 def refused_by_hopper(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     """Why the kernel does not take x [tokens, in] and weight [2·intermediate, in]; None where it does."""
     (rows, inputs), intermediate = x.shape, len(weight) // 2
-    if not 64 < rows <= 2 * _ROWS:
-        return f"the Hopper kernel is for 65 to {2 * _ROWS} tokens, not {rows}"
+    if not 64 < rows <= _ROWS:
+        return f"the Hopper kernel is for 65 to {_ROWS} tokens, not {rows}"
     if x.dtype not in TYPES or weight.dtype != x.dtype:
         return f"the Hopper kernel computes in float16 and bfloat16, not in {x.dtype} and {weight.dtype}"
     if inputs % _INPUTS or inputs < _STAGES * _INPUTS:
@@ -70,8 +69,8 @@ def refused_by_hopper(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     count = multiprocessors(x.device)
     if not count:
         return f"the Hopper kernel is for GPUs of compute capability 9.0, not for {x.device}"
-    if not keeps_busy(rows, intermediate, count):
-        return f"{intermediate} columns of {rows} tokens do not keep {count} multiprocessors busy"
+    if not keeps_busy(intermediate, count):
+        return f"{intermediate} columns do not keep {count} multiprocessors busy"
     return None
 
 
@@ -88,7 +87,7 @@ def _fetch_weights(wide_desc, narrow_desc, wide, narrow, ready, tile, column, in
 
 
 @gluon.jit
-def _produce(descs, memory, barriers, tiles, row_tiles, intermediate, steps, DEPENDENT: gl.constexpr):
+def _produce(descs, memory, barriers, tiles, intermediate, steps, DEPENDENT: gl.constexpr):
     """The warp that fetches. Weights do not depend on the kernel before: its first stages of them precede the wait."""
     x_desc, wide_desc, narrow_desc = descs
     x_smem, wide_smem, narrow_smem = memory
@@ -96,9 +95,8 @@ def _produce(descs, memory, barriers, tiles, row_tiles, intermediate, steps, DEP
     STAGES: gl.constexpr = x_smem.shape[0]
     STEP: gl.constexpr = x_smem.shape[2]
     BYTES: gl.constexpr = x_desc.block_type.nbytes + 2 * (wide_desc.block_type.nbytes + narrow_desc.block_type.nbytes)
-    row = gl.program_id(0) % row_tiles * x_smem.shape[1]
-    programs = gl.num_programs(0) // row_tiles
-    tile = gl.program_id(0) // row_tiles
+    programs = gl.num_programs(0)
+    tile = gl.program_id(0)
     for stage in gl.static_range(STAGES):  # there are as many steps at least
         bar = ready.index(stage)
         wide = wide_smem.index(stage)
@@ -108,7 +106,7 @@ def _produce(descs, memory, barriers, tiles, row_tiles, intermediate, steps, DEP
     if DEPENDENT:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        load(x_desc, [row, stage * STEP], ready.index(stage), x_smem.index(stage))
+        load(x_desc, [0, stage * STEP], ready.index(stage), x_smem.index(stage))
     step = STAGES
     stage = 0
     phase = 0
@@ -122,7 +120,7 @@ def _produce(descs, memory, barriers, tiles, row_tiles, intermediate, steps, DEP
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(bar, BYTES)
         _fetch_weights(wide_desc, narrow_desc, wide, narrow, bar, tile, step * STEP, intermediate)
-        load(x_desc, [row, step * STEP], bar, x_smem.index(stage))
+        load(x_desc, [0, step * STEP], bar, x_smem.index(stage))
         step += 1
         stage += 1
         if stage == STAGES:
@@ -131,21 +129,21 @@ def _produce(descs, memory, barriers, tiles, row_tiles, intermediate, steps, DEP
 
 
 @gluon.jit
-def _store_swiglu(y_ptr, acc, row, column, rows, intermediate):
+def _store_swiglu(y_ptr, acc, column, rows, intermediate):
     """silu(gate) · up of a part, whose gates are in the left half of acc; all of a pair is in one thread."""
     M: gl.constexpr = acc.shape[0]
     N: gl.constexpr = acc.shape[1] // 2
     gate, up = acc.reshape([M, 2, N]).permute([0, 2, 1]).split()
     y = gate / (1 + gl.exp(-gate)) * up
     layout: gl.constexpr = y.type.layout
-    row += gl.arange(0, M, gl.SliceLayout(1, layout))
+    row = gl.arange(0, M, gl.SliceLayout(1, layout))
     column += gl.arange(0, N, gl.SliceLayout(0, layout))
     inside = (row < rows)[:, None] & (column < intermediate)[None, :]
     gl.store(y_ptr + row[:, None] * intermediate + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
-def _consume(y_ptr, memory, barriers, tiles, row_tiles, rows, intermediate, steps):
+def _consume(y_ptr, memory, barriers, tiles, rows, intermediate, steps):
     """The warpgroups that multiply, 64 rows each."""
     x_smem, wide_smem, narrow_smem = memory
     ready, empty = barriers
@@ -155,11 +153,9 @@ def _consume(y_ptr, memory, barriers, tiles, row_tiles, rows, intermediate, step
     NARROW: gl.constexpr = narrow_smem.shape[1]
     wide_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDE, 16])
     narrow_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, NARROW, 16])
-    row = gl.program_id(0) % row_tiles * M
-    programs = gl.num_programs(0) // row_tiles
     stage = 0
     phase = 0
-    for tile in range(gl.program_id(0) // row_tiles, tiles, programs):
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         wide = gl.zeros([M, WIDE], gl.float32, wide_layout)
         narrow = gl.zeros([M, NARROW], gl.float32, narrow_layout)
         before = 0
@@ -178,18 +174,17 @@ def _consume(y_ptr, memory, barriers, tiles, row_tiles, rows, intermediate, step
         wide, narrow = warpgroup_mma_wait(0, deps=[wide, narrow])
         mbarrier.arrive(empty.index(before))
         column = tile * ((WIDE + NARROW) // 2)
-        _store_swiglu(y_ptr, wide, row, column, rows, intermediate)
-        _store_swiglu(y_ptr, narrow, row, column + WIDE // 2, rows, intermediate)
+        _store_swiglu(y_ptr, wide, column, rows, intermediate)
+        _store_swiglu(y_ptr, narrow, column + WIDE // 2, rows, intermediate)
 
 
-@gluon.jit(do_not_specialize=["tiles", "row_tiles", "rows", "steps"])
+@gluon.jit(do_not_specialize=["tiles", "rows", "steps"])
 def _hopper_linear_swiglu_kernel(
     x_desc,
     wide_desc,
     narrow_desc,
     y_ptr,
     tiles,
-    row_tiles,
     rows,
     intermediate,
     steps,
@@ -217,8 +212,8 @@ def _hopper_linear_swiglu_kernel(
     barriers = (ready, empty)
     gl.warp_specialize(
         [
-            (_consume, (y_ptr, memory, barriers, tiles, row_tiles, rows, intermediate, steps)),
-            (_produce, (descs, memory, barriers, tiles, row_tiles, intermediate, steps, DEPENDENT)),
+            (_consume, (y_ptr, memory, barriers, tiles, rows, intermediate, steps)),
+            (_produce, (descs, memory, barriers, tiles, intermediate, steps, DEPENDENT)),
         ],
         [1],
         [24],  # registers a thread; the warpgroups have what it leaves
@@ -231,8 +226,8 @@ def hopper_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x [tokens, in], weight [2·intermediate, in] → [tokens, intermediate]. Equal inputs give equal bits.
     """
     (rows, inputs), intermediate = x.shape, len(weight) // 2
-    tiles, row_tiles = _tiles(rows, intermediate)
-    programs = min(tiles, multiprocessors(x.device) // row_tiles) * row_tiles
+    tiles = _tiles(intermediate)
+    programs = min(tiles, multiprocessors(x.device))
     y = torch.empty(rows, intermediate, dtype=x.dtype, device=x.device)
 
     def boxes(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -244,7 +239,6 @@ def hopper_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         *(boxes(weight, gates) for gates in _GATES),
         y,
         tiles,
-        row_tiles,
         rows,
         intermediate,
         inputs // _INPUTS,

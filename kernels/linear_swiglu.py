@@ -89,7 +89,7 @@ def _kernel(
 FEW_ROWS = 64
 """The most that `_kernel` takes: with more, cuBLAS and SwiGLU behind it are faster."""
 
-MOST_ROWS = 256
+MOST_ROWS = 128
 """The most that a fused kernel takes: past FEW_ROWS the one for Hopper, for some sizes."""
 
 
@@ -105,7 +105,7 @@ def _refuse_rows(*, x: torch.Tensor, **rest: Any) -> str | None:
 
 
 def skinny_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As `linear_swiglu_reference` for up to 256 tokens: up to 64 in one launch, and more as well where the Hopper
+    """As `linear_swiglu_reference` for up to 128 tokens: up to 64 in one launch, and more as well where the Hopper
     kernel takes them (`refused_by_hopper`), in float32 to the end and rounded once. Other products of more than 64 are
     `skinny_linear`, most of them therefore cuBLAS's, and then `swiglu`.
 
@@ -174,11 +174,11 @@ OP = Op(
         Case(tokens=35, intermediate=128, inputs=320),
         Case(tokens=64, intermediate=64, inputs=1000),
         Case(tokens=65, intermediate=8, inputs=64),
-        Case(tokens=256, intermediate=3, inputs=40),
+        Case(tokens=128, intermediate=3, inputs=40),
         Case(tokens=0, intermediate=8, inputs=64),
     ),
     large_cases=(
-        *(Case(tokens=tokens, intermediate=18944, inputs=3584) for tokens in (8, 35, 64, 128, 256)),
+        *(Case(tokens=tokens, intermediate=18944, inputs=3584) for tokens in (8, 35, 64, 128)),
         *(Case(tokens=tokens, intermediate=4864, inputs=896) for tokens in (8, 35, 64)),
     ),
     parts=("linear", "swiglu"),

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from .dependent_launch import allow_next, wait_for_previous
-from .skinny_kernels import prefetch_sectors
 
 
 @triton.jit
@@ -129,22 +128,6 @@ def paged_attention_kernel(
             angle = position * HALF + dims % HALF
             cos = tl.load(cos_ptr + angle, mask=dims < HEAD_DIM, other=0.0)
             sin = tl.load(sin_ptr + angle, mask=dims < HEAD_DIM, other=0.0)
-            if DEPENDENT:
-                # The loop's first loads are issued behind the rotation: till then the first tile comes to the L2.
-                _prefetch_tile(
-                    table_row,
-                    start,
-                    end,
-                    k_ptr + kv_head * k_stride_head,
-                    v_ptr + kv_head * v_stride_head,
-                    k_stride_block,
-                    k_stride_token,
-                    v_stride_block,
-                    v_stride_token,
-                    HEAD_DIM,
-                    BLOCK_SIZE,
-                    TILE,
-                )
             sin = tl.where(dims < HALF, -sin, sin)
             q = _turned(q, q_partner, cos[None, :], sin[None, :])
             new_k = _turned(new_k, k_partner, cos, sin)
@@ -209,33 +192,6 @@ def paged_attention_kernel(
                 part = program * GROUP
                 tl.store(part_ptr + part.to(tl.int64) * HEAD_DIM + place, acc, mask=head_mask)
                 tl.store(part_lse_ptr + part + head, highest + tl.log2(weight_sum), mask=head < GROUP)
-
-
-@triton.jit
-def _prefetch_tile(
-    table_row,
-    start,
-    end,
-    k_head,
-    v_head,
-    k_stride_block,
-    k_stride_token,
-    v_stride_block,
-    v_stride_token,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Has the first tile of a head's keys and values fetched into the L2, if the chunk has any in the cache."""
-    SECTOR: tl.constexpr = 256 // k_head.dtype.element_ty.primitive_bitwidth
-    if end > start:
-        token = tl.minimum(start + tl.arange(0, TILE), end - 1)
-        page = tl.load(table_row + token // BLOCK_SIZE).to(tl.int64)
-        offset = token % BLOCK_SIZE
-        sector = tl.arange(0, triton.next_power_of_2(HEAD_DIM) // SECTOR) * SECTOR
-        sector = tl.minimum(sector, HEAD_DIM - 1)[None, :]
-        prefetch_sectors((k_head + page * k_stride_block + offset * k_stride_token)[:, None] + sector)
-        prefetch_sectors((v_head + page * v_stride_block + offset * v_stride_token)[:, None] + sector)
 
 
 @triton.jit

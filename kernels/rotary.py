@@ -117,7 +117,7 @@ def launch_shape(tokens: int, heads: int, half: int, most_heads: int) -> dict[st
     """
     block_half = triton.next_power_of_2(half)
     # Heads of 64 or less are little work for a program of one token, and thousands of programs are long in starting.
-    block_tokens = 2 if tokens > 256 and block_half <= 32 else 1
+    block_tokens = 2 if tokens > 2048 and block_half <= 32 else 1
     return {
         "BLOCK_TOKENS": block_tokens,
         # Few tokens: one load of each half and of cos and sin a thread, the soonest done. Many: eight elements of
@@ -258,7 +258,6 @@ OP = Op(
         Case(tokens=9, heads=3, kv_heads=3, head_dim=4),
         Case(tokens=2, heads=1, kv_heads=1, head_dim=2),
         Case(tokens=30, heads=20, kv_heads=1, head_dim=16),
-        Case(tokens=257, heads=2, kv_heads=1, head_dim=8),
         Case(tokens=0, heads=4, kv_heads=2, head_dim=8),
     ),
     large_cases=tuple(

@@ -316,7 +316,6 @@ OP = Op(
         Case(tokens=9, heads=3, kv_heads=3, head_dim=4, block_size=5, padded=4),
         Case(tokens=2, heads=1, kv_heads=1, head_dim=2, block_size=1),
         Case(tokens=30, heads=20, kv_heads=1, head_dim=8, block_size=64, padded=7),
-        Case(tokens=257, heads=2, kv_heads=1, head_dim=8, block_size=16, padded=3),
         Case(tokens=0, heads=4, kv_heads=2, head_dim=8, block_size=16),
     ),
     large_cases=tuple(

@@ -90,18 +90,17 @@ MAX_VOCAB = 1 << 20
 """The second launch holds the maxima of a row's groups in registers."""
 
 
-def _launch(vocab: int, rows: int) -> dict[str, dict[str, int]]:
+def _launch(vocab: int) -> dict[str, dict[str, int]]:
     """The constants of each launch and of both; `sampling_kernels` says what they mean.
 
-    A warp that has a chunk to itself waits for no other and does what is done once a chunk for four times as many
-    tokens. A few chunks are not enough warps for a GPU that way, and then four share one.
+    They are no function of how many rows there are: sums then round alike in every batch.
 
     A list is ranked by comparing each token with each, so one twice as long takes four times as long. WANTED is meant
     to hold the nucleus of a peaked distribution; where it does not, four times as many are listed.
     """
-    chunk = max(512, triton.next_power_of_2(vocab) // 128)
+    chunk = max(512, triton.next_power_of_2(vocab) // 64)
     group = max(32, triton.next_power_of_2(vocab) // 8192)
-    warps = max(1, chunk // (2048 if rows * triton.cdiv(vocab, chunk) >= 512 else 512))
+    warps = max(1, chunk // 1024)
     return {
         "both": {"GROUP": group},
         "summarize": {"CHUNK": chunk, "STEP": 256 * warps, "VECTOR": 8, "num_warps": warps},
@@ -156,7 +155,7 @@ def top_k_top_p_sample(
     drawn = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows == 0:
         return drawn
-    launch = _launch(vocab, rows)
+    launch = _launch(vocab)
     both, summarize, draw = launch["both"], launch["summarize"], launch["draw"]
     num_chunks, num_groups = triton.cdiv(vocab, summarize["CHUNK"]), triton.cdiv(vocab, both["GROUP"])
 

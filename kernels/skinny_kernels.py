@@ -157,17 +157,17 @@ def one_row_kernel(
 
 @triton.jit
 def prefetch(weight_ptr, out, stride, first, inputs, COLUMNS: tl.constexpr):
-    """Has the columns from `first` on of the weight's rows `out` fetched into the L2."""
+    """Has the columns from `first` on of the weight's rows `out` fetched into the L2, by sectors of 32 bytes."""
     SECTOR: tl.constexpr = 256 // weight_ptr.dtype.element_ty.primitive_bitwidth
     column = tl.minimum(first + tl.arange(0, COLUMNS // SECTOR) * SECTOR, inputs - 1)
-    prefetch_sectors((weight_ptr + out.to(tl.int64)[:, None] * stride) + column[None, :])
-
-
-@triton.jit
-def prefetch_sectors(pointers):
-    """Has the sectors of 32 bytes that hold these elements fetched into the L2; nothing waits for them."""
+    weight_row = weight_ptr + out.to(tl.int64)[:, None] * stride
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [weight_row + column[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 

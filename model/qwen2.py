@@ -214,10 +214,10 @@ class Qwen2(nn.Module):
         x = F.embedding(token_ids, self.embedding)
         first, *others = (layer.attention.norm_ahead(len(x)) for layer in self.layers)
         normed = None if first is None else self.kernels.rms_norm(x, first, self.config.rms_norm_eps)
-        table = self.cos, self.sin
-        for layer, layer_cache, next_norm in zip(self.layers[:-1], cache, others, strict=False):
-            x, normed = layer(x, normed, *table, layer_cache, where, next_norm)
-        return self.layers[-1](x, normed, *table, cache[-1], where, self.norm, last_only)[1]
+        for layer, layer_cache, next_norm in zip(self.layers, cache, (*others, self.norm), strict=True):
+            ends = last_only and layer is self.layers[-1]
+            x, normed = layer(x, normed, self.cos, self.sin, layer_cache, where, next_norm, ends)
+        return normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, hidden] → [rows, vocab]"""

@@ -77,7 +77,7 @@ class TestGenerate:
         options = ["--max-tokens", "2", "--kernel", "linear=reference", "--kernel", "norm_linear=reference"]
         for swaps in (options, options[:2] + options[4:] + options[2:4]):  # in any order
             assert main(["generate", "--model", folder, *swaps, "hello"]) == 0
-            composed = ["norm_qkv_rotary_store_kv", "linear_swiglu", "norm_gate_up_swiglu"]
+            composed = ["norm_qkv_rotary_store_kv", "append_attention", "linear_swiglu", "norm_gate_up_swiglu"]
             composed += ["linear_add", "linear_add_norm"]
             others = [name for name in OPS if name not in composed]
             text = f"kernels: reference: {', '.join(others)}; composed: {', '.join(composed)}\n"
