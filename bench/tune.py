@@ -98,6 +98,7 @@ def _few_rows() -> tuple[Launch, ...]:
 
 def _gates_and_ups() -> tuple[Launch, ...]:
     tiles = ((64, 64, 3, 4), (64, 64, 4, 4), (64, 64, 5, 4), (64, 128, 2, 4), (64, 128, 3, 4), (128, 64, 3, 8))
+    tiles += ((64, 64, 3, 8), (64, 64, 4, 8), (64, 128, 2, 8))
     names = ("BLOCK_OUT", "BLOCK_IN", "STAGES", "num_warps")
     return tuple(dict(zip(names, tile, strict=True), EARLY=early) for tile in tiles for early in (False, True))
 

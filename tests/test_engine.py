@@ -106,6 +106,17 @@ class TestGenerate:
             assert output.token_ids == engine.generate(prompt, max_tokens=length)[0].token_ids
         assert_at_rest(engine)
 
+    @pytest.mark.parametrize("streams", [False, True])
+    def test_answers_wait_for_all_prompts_unless_somebody_reads_along(self, folder, monkeypatch, streams):
+        engine, batches = make_engine(folder, max_prefill_tokens=16, interleaved_prefill_tokens=16), []
+        schedule = engine.scheduler.schedule
+        monkeypatch.setattr(engine.scheduler, "schedule", lambda now: batches.append(schedule(now)) or batches[-1])
+        if streams:
+            engine.add_request(ids(5), max_tokens=20)
+            engine.step()
+        engine.generate([ids(12), ids(13), ids(14)], max_tokens=4)
+        assert any(batch.chunks and batch.decodes for batch in batches) == streams
+
 
 class TestStream:
     def test_pieces_are_what_generate_gives(self, engine):
