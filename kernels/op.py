@@ -123,11 +123,11 @@ class Op:
         return None if name == REFERENCE else self.implementations[name].unavailable(device)
 
     def default(self, device: torch.device) -> str:
-        """The name of the first implementation that can run on `device`; else the reference, or for a fused operator
-        the composition of its parts.
+        """The name of the first implementation that an engine can run on `device`; else the reference, or for a fused
+        operator the composition of its parts.
         """
-        otherwise = COMPOSED if self.parts else REFERENCE
-        return next((name for name in self.implementations if self.unavailable(name, device) is None), otherwise)
+        fit = (name for name, it in self.implementations.items() if it.unfit is None and it.unavailable(device) is None)
+        return next(fit, COMPOSED if self.parts else REFERENCE)
 
     def check(self, kernel: str | Callable, cases: Iterable[Case] | None = None, **options: Any) -> Report:
         """Is it right? `kernel` is an implementation's name or any callable; see `check.check` for the options."""

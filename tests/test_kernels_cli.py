@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -14,7 +15,7 @@ from microvllm.engine.cli import main
 from microvllm.engine.lab import cli
 from microvllm.engine.lab import page as lab_page
 from microvllm.kernels.measure import MeasurementError
-from microvllm.kernels.op import REFERENCE
+from microvllm.kernels.op import REFERENCE, Implementation
 from microvllm.kernels.origin import device_name, origin
 
 from .small_engine import save_tokenizer
@@ -89,6 +90,18 @@ def test_list_says_what_runs_here_and_why_not_the_others(capsys):
         "reference     flash_attn: flash-attn needs a CUDA GPU; triton: Triton compiles for a GPU"
     )
     assert lines["add_rms_norm"].endswith("(no engine runs it)")
+
+
+def test_list_says_what_can_be_measured_here_though_no_engine_can_run_it(monkeypatch, capsys):
+    op = cli.OPERATORS["append_attention"]
+    here = {"flash_attn": replace(op.implementations["flash_attn"], unavailable=lambda device: None)}
+    own = {"own": Implementation(print)}
+    monkeypatch.setattr(cli, "OPERATORS", {op.name: replace(op, implementations=here | own)})
+    assert main(["kernels", "list", "--device", "cpu"]) == 0
+    line = capsys.readouterr().out.splitlines()[1].split(maxsplit=2)
+    assert line[1] == "own" and re.match(
+        "flash_attn: for no engine: .* pads its batches .*; reference: available", line[2]
+    )
 
 
 class TestCheck:

@@ -83,10 +83,15 @@ def _list(options: argparse.Namespace) -> int:
     for op in OPERATORS.values():
         chosen = op.default(device)
         others = [name for name in (*op.implementations, REFERENCE) if name != chosen]
-        reasons = [f"{name}: {op.unavailable(name, device) or 'available'}" for name in others]
+        reasons = [f"{name}: {_state(op, name, device)}" for name in others]
         note = " (no engine runs it)" if op.name in STANDALONE else ""
         print(f"  {op.name:<{width}}{chosen:<14}{'; '.join(reasons)}{note}")
     return 0
+
+
+def _state(op: Op, name: str, device: torch.device) -> str:
+    unfit = None if name == REFERENCE else op.implementations[name].unfit
+    return op.unavailable(name, device) or (f"for no engine: {unfit}" if unfit else "available")
 
 
 def _check(options: argparse.Namespace) -> int:
