@@ -17,7 +17,8 @@ from .compiled import compiled
 from .dependent_launch import dependent_launch
 from .gumbel import gumbel_noise
 from .op import Case, Cost, Implementation, Op, needs_gpu
-from .sampling_kernels import draw_kernel, summarize_kernel
+from .sampling_draw import draw_kernel
+from .sampling_summary import summarize_kernel
 
 
 def sample_reference(
@@ -91,7 +92,7 @@ MAX_VOCAB = 1 << 20
 
 
 def _launch(vocab: int) -> dict[str, dict[str, int]]:
-    """The constants of each launch and of both; `sampling_kernels` says what they mean.
+    """The constants of each launch and of both; their kernels say what they mean.
 
     They are no function of how many rows there are: sums then round alike in every batch.
 

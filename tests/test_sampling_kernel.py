@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from microvllm.kernels import gumbel, sampling, sampling_kernels
+from microvllm.kernels import gumbel, sampling, sampling_draw, sampling_summary
 from microvllm.kernels.gumbel import gumbel_noise
 from microvllm.kernels.sampling import sample_reference, top_k_top_p_sample
 
@@ -37,8 +37,8 @@ def ways(monkeypatch) -> Counter:
     """How often each part of the kernel ran, with the small constants; a refusal is a list that did not suffice."""
     counts = Counter()
 
-    def count(name):
-        function = getattr(sampling_kernels, name)
+    def count(module, name):
+        function = getattr(module, name)
 
         def counted(*args):
             result = function(*args)
@@ -49,10 +49,11 @@ def ways(monkeypatch) -> Counter:
                 counts["too long"] += int(result.handle.data.item() > LISTED)
             return result
 
-        monkeypatch.setattr(sampling_kernels, name, counted)
+        monkeypatch.setattr(module, name, counted)
 
-    for name in ("_race_in_full", "_list", "_draw_listed", "_search", "_mass_of_top"):
-        count(name)
+    count(sampling_summary, "_race_in_full")
+    for name in ("_list", "_draw_listed", "_search", "_mass_of_top"):
+        count(sampling_draw, name)
     monkeypatch.setattr(sampling, "_launch", lambda *sizes: SMALL)
     return counts
 
