@@ -262,6 +262,8 @@ OP = Op(
             for context in (512, 4096)
         ),
         Case(batch=35, context=8127, shortest=128, **_QWEN2_7B, block_size=256),
+        Case(batch=128, context=762, shortest=378, **_QWEN2_7B, block_size=256),
+        Case(batch=256, context=1280, shortest=356, **_QWEN2_7B, block_size=256),
         Case(batch=35, context=4096, **_QWEN2_7B, block_size=16),
         Case(batch=35, context=4096, **_QWEN2_HALF_B, block_size=256),
     ),

@@ -34,8 +34,3 @@ class AttentionMetadata:
     def last_tokens(self) -> torch.Tensor:
         """[sequences], of a prefill: where each chunk's last token stands; anywhere for a padded chunk."""
         return (self.query_start[1:] - 1).clamp(min=0)
-
-    def decode_of_last_tokens(self) -> AttentionMetadata:
-        """What each chunk's last token attends to, as a decode."""
-        last = self.last_tokens
-        return AttentionMetadata(self.positions[last], self.slot_mapping[last], self.block_table, self.context_lens)

@@ -91,8 +91,8 @@ class Attention(nn.Module):
                 return out.flatten(1)
             q = kernels.rotary_store_kv(q, k, v, *place)
         if last_only:
-            q, where = q[where.last_tokens], where.decode_of_last_tokens()
-        if where.is_decode:
+            q = q[where.last_tokens]  # each attends to all of its context, as in a decode
+        if where.is_decode or last_only:
             out = kernels.paged_attention(q, k_cache, v_cache, where.block_table, where.context_lens, self.scale)
         else:
             out = kernels.prefill_attention(
