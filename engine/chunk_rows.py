@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from itertools import accumulate, chain
+from itertools import accumulate
 
+import numpy as np
 import torch
 
 from ..model.attention_metadata import AttentionMetadata
@@ -21,18 +22,19 @@ def chunk_tensors(
     """
     lengths = [chunk.length for chunk in chunks]
     ends = list(accumulate(lengths))
-    ids = list(chain.from_iterable(chunk.seq.token_ids[chunk.start : chunk.end] for chunk in chunks))
-    positions = list(chain.from_iterable(range(chunk.start, chunk.end) for chunk in chunks))
-    slots = [
-        chunk.seq.block_table[i // block_size] * block_size + i % block_size
-        for chunk in chunks
-        for i in range(chunk.start, chunk.end)
-    ]
+    integers = np.zeros((3, max(tokens, ends[-1])), np.int64)
+    ids, positions, slots = integers
+    slots[ends[-1] :] = -1
+    for chunk, end in zip(chunks, ends, strict=True):
+        place = slice(end - chunk.length, end)
+        ids[place] = chunk.seq.token_ids[chunk.start : chunk.end]
+        positions[place] = np.arange(chunk.start, chunk.end)
+        block, offset = np.divmod(positions[place], block_size)
+        slots[place] = np.array(chunk.seq.block_table)[block] * block_size + offset
     width = max(len(chunk.seq.block_table) for chunk in chunks)
     table = [c.seq.block_table + [-1] * (width - len(c.seq.block_table)) for c in chunks]
-    padding, more = [0] * (tokens - len(ids)), rows - len(chunks)
+    more = rows - len(chunks)
     table += [[-1] * width] * more
-    integers = [ids + padding, positions + padding, slots + [-1] * len(padding)]
     token_ids, positions, slots = to_device(integers, torch.int64, device)
     where = AttentionMetadata(
         positions=positions,
