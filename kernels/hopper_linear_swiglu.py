@@ -1,13 +1,14 @@
-"""The product that makes gate and up, and SwiGLU of it, for NVIDIA's Hopper, in Gluon: 65 to 128 tokens in one launch.
+"""The product that makes gate and up, and SwiGLU of it, for NVIDIA's Hopper, in Gluon: up to 128 tokens in one launch.
 
-One warp fetches tiles of x and of the weight by TMA, two warpgroups multiply, persistently over the tiles: the warp
-has the next tile's weights on their way while SwiGLU of this one is computed and stored (the warp-specialised
+One warp fetches tiles of x and of the weight by TMA, one or two warpgroups multiply, persistently over the tiles: the
+warp has the next tile's weights on their way while SwiGLU of this one is computed and stored (the warp-specialised
 persistent product of NVIDIA's CUTLASS).
 
 What bounds it is reading: the weight from memory, and x from the L2 once for every tile of the weight, since so many
 rows do not stay in shared memory. 128 rows of x beside a tile of n outputs move 1 + 128 / n times the weight's bytes,
-so tiles are as wide as the registers allow: 288 outputs. Qwen2-7B's 37888 are then 132 tiles, one for each
-multiprocessor of an H100.
+so for them tiles are as wide as the registers allow: 288 outputs. Qwen2-7B's 37888 are then 132 tiles, one for each
+multiprocessor of an H100. For up to 64 rows tiles of half the width are faster, two for each multiprocessor: it reads
+the second while it stores what the first gave.
 
 `python -m bench.kernels linear_swiglu` times it beside cuBLAS and the SwiGLU kernel. Tried, and slower than this: the
 tiles in plain Triton with tensor descriptors; programs that begin at different columns, so as not to read the same of x
@@ -17,6 +18,8 @@ were those of the other projections.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,43 +36,54 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .hopper import TYPES, load, multiprocessors
 
-_ROWS, _GATES = 128, (128, 16)
-"""Rows of x and gates of a tile, beside as many ups. Gates are in two parts, since Triton's sizes are powers of two."""
-
-_INPUTS, _STAGES = 64, 4
-"""Inputs of a step, 128 bytes, the swizzle that wgmma reads fastest, and steps held at once: 208 of 227 KiB."""
+_INPUTS = 64
+"""Of a step: 128 bytes, the swizzle that wgmma reads fastest."""
 
 
-def _tiles(intermediate: int) -> int:
-    """Of the weight."""
-    return triton.cdiv(intermediate, sum(_GATES))
+class Tile(NamedTuple):
+    """Rows of x; gates and as many ups, in two parts, since Triton's sizes are powers of two; steps held at once."""
+
+    rows: int
+    gates: tuple[int, int]
+    stages: int
 
 
-def keeps_busy(intermediate: int, multiprocessors: int) -> bool:
+_TILES = (Tile(64, (64, 8), 8), Tile(128, (128, 16), 4))
+"""The first that has room for x is taken, one warpgroup for 64 rows of it. They hold 208 of 227 KiB."""
+
+MOST_ROWS = _TILES[-1].rows
+_LEAST_INPUTS = _INPUTS * max(tile.stages for tile in _TILES)
+
+
+def _tile(rows: int) -> Tile:
+    return next(tile for tile in _TILES if rows <= tile.rows)
+
+
+def keeps_busy(rows: int, intermediate: int, multiprocessors: int) -> bool:
     """Whether less than a tenth of the multiprocessors' time is idle, all tiles taking the same.
 
-    A smaller or an uneven product is left to cuBLAS, which cuts it to fit.
+    A smaller or an uneven product is left to others, who cut it to fit.
     """
-    tiles = _tiles(intermediate)
+    tiles = triton.cdiv(intermediate, sum(_tile(rows).gates))
     return tiles > 0.9 * triton.cdiv(tiles, multiprocessors) * multiprocessors
 
 
 def refused_by_hopper(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     """Why the kernel does not take x [tokens, in] and weight [2·intermediate, in]; None where it does."""
     (rows, inputs), intermediate = x.shape, len(weight) // 2
-    if not 64 < rows <= _ROWS:
-        return f"the Hopper kernel is for 65 to {_ROWS} tokens, not {rows}"
+    if not 0 < rows <= MOST_ROWS:
+        return f"the Hopper kernel is for 1 to {MOST_ROWS} tokens, not {rows}"
     if x.dtype not in TYPES or weight.dtype != x.dtype:
         return f"the Hopper kernel computes in float16 and bfloat16, not in {x.dtype} and {weight.dtype}"
-    if inputs % _INPUTS or inputs < _STAGES * _INPUTS:
-        return f"the Hopper kernel takes inputs in multiples of {_INPUTS} from {_STAGES * _INPUTS} on, not {inputs}"
+    if inputs % _INPUTS or inputs < _LEAST_INPUTS:
+        return f"the Hopper kernel takes inputs in multiples of {_INPUTS} from {_LEAST_INPUTS} on, not {inputs}"
     for tensor in (x, weight):
         if tensor.stride(1) != 1 or tensor.data_ptr() % 16 or tensor.stride(0) * tensor.element_size() % 16:
             return "the Hopper kernel wants rows that are contiguous and aligned to 16 bytes"
     count = multiprocessors(x.device)
     if not count:
         return f"the Hopper kernel is for GPUs of compute capability 9.0, not for {x.device}"
-    if not keeps_busy(intermediate, count):
+    if not keeps_busy(rows, intermediate, count):
         return f"{intermediate} columns do not keep {count} multiprocessors busy"
     return None
 
@@ -226,7 +240,8 @@ def hopper_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x [tokens, in], weight [2·intermediate, in] → [tokens, intermediate]. Equal inputs give equal bits.
     """
     (rows, inputs), intermediate = x.shape, len(weight) // 2
-    tiles = _tiles(intermediate)
+    tile = _tile(rows)
+    tiles = triton.cdiv(intermediate, sum(tile.gates))
     programs = min(tiles, multiprocessors(x.device))
     y = torch.empty(rows, intermediate, dtype=x.dtype, device=x.device)
 
@@ -235,17 +250,17 @@ def hopper_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return TensorDescriptor.from_tensor(tensor, box, gl.NVMMASharedLayout.get_default_for(box, TYPES[x.dtype]))
 
     _hopper_linear_swiglu_kernel[(programs,)](
-        boxes(x, _ROWS),
-        *(boxes(weight, gates) for gates in _GATES),
+        boxes(x, tile.rows),
+        *(boxes(weight, gates) for gates in tile.gates),
         y,
         tiles,
         rows,
         intermediate,
         inputs // _INPUTS,
-        STAGES=_STAGES,
+        STAGES=tile.stages,
         DEPENDENT=True,
         launch_pdl=True,
-        num_warps=8,
+        num_warps=tile.rows // 16,
         maxnreg=168,  # for 384 threads, the fetching warp being rounded up to four: all that a multiprocessor has
     )
     return y

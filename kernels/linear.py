@@ -60,44 +60,57 @@ _MULTIPROCESSORS = 132
 def _one_row_launch(outputs: int, inputs: int) -> dict[str, int]:
     """Outputs and inputs of a tile, and warps. An output's whole row goes to one program.
 
-    A short row is one tile, loaded by as many threads as have a 16-byte load each: it is there when x is. Where there
-    are more programs than a GPU runs at once (32 one-warp programs a multiprocessor), a program takes several outputs.
+    A short row is one tile, which is there when x is. Where there are more programs than a GPU runs at once (32 of one
+    warp on a multiprocessor), a program takes several outputs. AHEAD is for long rows: the first tiles of all programs
+    are then too little to keep the memory busy until x is there.
     """
+
+    def launch(block_out: int, block_in: int, unroll: int, warps: int, ahead: int = 0) -> dict[str, int]:
+        tile = {"BLOCK_OUT": block_out, "BLOCK_IN": block_in, "AHEAD": ahead}
+        return tile | {"UNROLL": unroll, "num_warps": warps}
+
     if inputs <= 1024:
-        if outputs > 32 * _MULTIPROCESSORS:
-            return {"BLOCK_OUT": 4, "BLOCK_IN": 256, "UNROLL": 2, "num_warps": 1}
-        return {"BLOCK_OUT": 1, "BLOCK_IN": 1024, "UNROLL": 1, "num_warps": 4}
+        return launch(4, 256, 2, 1) if outputs > 32 * _MULTIPROCESSORS else launch(2, 1024, 1, 2)
     if inputs >= 8192:
-        return {"BLOCK_OUT": 1, "BLOCK_IN": 512, "UNROLL": 4, "num_warps": 1}
-    if 2048 <= outputs <= 8192:
-        return {"BLOCK_OUT": 2, "BLOCK_IN": 512, "UNROLL": 2, "num_warps": 1}
-    return {"BLOCK_OUT": 1, "BLOCK_IN": 1024, "UNROLL": 2, "num_warps": 2}
+        return launch(1, 512, 4, 1, ahead=1024)
+    if outputs < 2048:
+        return launch(1, 1024, 4, 4)
+    if outputs <= 8192:
+        return launch(4, 512, 4 if outputs <= 4096 else 2, 2)
+    return launch(1, 1024, 2, 2)
 
 
 def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | None:
-    """Tile, splits of the inputs, stages of loads in flight and warps; None where cuBLAS is faster.
+    """Tile, splits of the inputs, stages of loads in flight and warps; None where cuBLAS is faster. AHEAD columns are
+    fetched into the L2 before the wait for the kernel before; with 0 it is no dependent launch.
 
     The splits give every multiprocessor something to read: one program each with five tiles under way, or several with
-    three. Past 16 rows the tiles of x leave room for one, and past 64 only a long sum is faster than cuBLAS's.
+    three. Past 16 rows the tiles of x leave room for one, and past 64 only a long sum is faster than cuBLAS's. Programs
+    that read for long, several on each multiprocessor, are faster without those of the next launch beside them.
     """
     tiles = triton.cdiv(outputs, 64)
     if rows > 64 and (inputs < 8192 or 2 * tiles > _MULTIPROCESSORS):
         return None
 
     def launch(block_in: int, stages: int, splits: int) -> dict[str, int]:
-        tile = {"BLOCK_OUT": 64, "BLOCK_IN": block_in, "STAGES": stages, "num_warps": 4}
+        tile = {"BLOCK_OUT": 64, "BLOCK_IN": block_in, "AHEAD": 2 * block_in, "STAGES": stages, "num_warps": 4}
         return tile | {"SPLITS": max(1, min(splits, inputs // block_in))}
 
     if tiles >= 2 * _MULTIPROCESSORS:
-        return launch(128, 3 if rows <= 16 or tiles >= 8 * _MULTIPROCESSORS else 5, 1)
+        head = tiles >= 8 * _MULTIPROCESSORS
+        if rows > 16 and head and inputs <= 1024:
+            return None
+        if rows <= 16 or head:
+            return launch(128, 3, 1)
+        return {"BLOCK_OUT": 128, "BLOCK_IN": 64, "AHEAD": 0, "STAGES": 3, "num_warps": 8, "SPLITS": 1}
     if rows <= 16:
         if inputs <= 1024:
             return launch(64, 5, 4) if tiles >= _MULTIPROCESSORS else launch(128, 3, 7)
         if tiles >= _MULTIPROCESSORS // 2:
-            return launch(128, 3, 4)
+            return launch(128, 3, 5)
         return launch(128, 5, max(2, min(_MULTIPROCESSORS // tiles, 4)))
     if inputs <= 1024:
-        return launch(64, 5, 1) if tiles >= _MULTIPROCESSORS else launch(64, 4, 5)
+        return launch(64, 5, 1 if tiles >= _MULTIPROCESSORS else 5)
     splits = min(_MULTIPROCESSORS // tiles, 7)
     return launch(128, 5 if rows <= 64 else 4, splits) if tiles * splits >= 0.7 * _MULTIPROCESSORS else None
 
@@ -221,7 +234,7 @@ def _few_rows(
         BLOCK_ROWS=max(16, triton.next_power_of_2(rows)),
         EVEN=outputs % launch["BLOCK_OUT"] == 0 and inputs % launch["BLOCK_IN"] == 0,
         **launch,
-        **dependent_launch(x.device),
+        **(dependent_launch(x.device) if launch["AHEAD"] else {"DEPENDENT": False}),
     )
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from . import linear
 from .dependent_launch import allow_next, dependent_launch, wait_for_previous
-from .hopper_linear_swiglu import hopper_linear_swiglu, refused_by_hopper
+from .hopper_linear_swiglu import MOST_ROWS, hopper_linear_swiglu, refused_by_hopper
 from .linear import check_product, linear_reference, skinny_linear
 from .op import Case, Cost, Implementation, Op, needs_gpu
 from .skinny_kernels import prefetch
@@ -45,6 +45,7 @@ def _kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    AHEAD: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -62,9 +63,8 @@ def _kernel(
     x_row = x_ptr + row[None, :] * x_stride
     if DEPENDENT:
         # Triton moves the loads of a pipelined loop above a wait that is in it (triton issue 11905).
-        inside = tl.minimum(out, intermediate - 1)
-        prefetch(weight_ptr, inside, weight_stride, 0, inputs, 2 * BLOCK_IN)
-        prefetch(weight_ptr, inside + intermediate, weight_stride, 0, inputs, 2 * BLOCK_IN)
+        prefetch(gate_row, out < intermediate, 0, inputs, AHEAD)
+        prefetch(up_row, out < intermediate, 0, inputs, AHEAD)
     wait_for_previous(DEPENDENT)
     gate = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
     up = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
@@ -89,15 +89,18 @@ def _kernel(
 FEW_ROWS = 64
 """The most that `_kernel` takes: with more, cuBLAS and SwiGLU behind it are faster."""
 
-MOST_ROWS = 128
-"""The most that a fused kernel takes: past FEW_ROWS the one for Hopper, for some sizes."""
+HOPPER_ROWS = range(33, MOST_ROWS + 1)
+"""Where the kernel for Hopper is the fastest, for the sizes that it takes: `python -m bench.kernels linear_swiglu`."""
 
 
-def _launch(rows: int, intermediate: int, inputs: int) -> dict[str, Any]:
-    """A tile of BLOCK_OUT gates and as many ups. `python -m bench.tune linear_swiglu` sweeps others."""
-    if rows <= 16 and inputs > 1024:
-        return {"BLOCK_OUT": 64, "BLOCK_IN": 128, "STAGES": 2, "num_warps": 4, "EARLY": False}
-    return {"BLOCK_OUT": 64, "BLOCK_IN": 64, "STAGES": 5, "num_warps": 4, "EARLY": True}
+def _launch(rows: int, intermediate: int, inputs: int) -> dict[str, int]:
+    """A tile of BLOCK_OUT gates and as many ups, and AHEAD as for `linear`. `python -m bench.tune linear_swiglu` sweeps
+    others.
+    """
+    if inputs <= 1024:
+        return {"BLOCK_OUT": 64, "BLOCK_IN": 64, "AHEAD": 128, "STAGES": 5, "num_warps": 4}
+    block_in, stages = (128, 2) if rows <= 16 else (64, 3)
+    return {"BLOCK_OUT": 64, "BLOCK_IN": block_in, "AHEAD": 0, "STAGES": stages, "num_warps": 4}
 
 
 def _refuse_rows(*, x: torch.Tensor, **rest: Any) -> str | None:
@@ -121,15 +124,19 @@ def skinny_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"linear_swiglu: x is float16, bfloat16 or float32, not {x.dtype}")
     if x.stride(1) != 1 or weight.stride(1) != 1:
         raise ValueError("linear_swiglu: the last dimensions of x and weight are contiguous")
+    rows = len(x)
+    if rows in HOPPER_ROWS and refused_by_hopper(x, weight) is None:
+        return hopper_linear_swiglu(x, weight)
+    return few_rows_linear_swiglu(x, weight) if rows <= FEW_ROWS else swiglu(skinny_linear(x, weight))
+
+
+def few_rows_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As `linear_swiglu_reference` for up to 64 tokens on any GPU; the arguments fit each other."""
     (rows, inputs), intermediate = x.shape, len(weight) // 2
-    if rows > FEW_ROWS:
-        takes = refused_by_hopper(x, weight) is None
-        return hopper_linear_swiglu(x, weight) if takes else swiglu(skinny_linear(x, weight))
     y = torch.empty(rows, intermediate, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     launch = _launch(rows, intermediate, inputs)
-    early = launch.pop("EARLY")
     _kernel[(triton.cdiv(intermediate, launch["BLOCK_OUT"]),)](
         x,
         weight,
@@ -142,7 +149,7 @@ def skinny_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         BLOCK_ROWS=max(16, triton.next_power_of_2(rows)),
         EVEN=intermediate % launch["BLOCK_OUT"] == 0 and inputs % launch["BLOCK_IN"] == 0,
         **launch,
-        **(dependent_launch(x.device) if early else {"DEPENDENT": False}),
+        **(dependent_launch(x.device) if launch["AHEAD"] else {"DEPENDENT": False}),
     )
     return y
 

@@ -68,6 +68,7 @@ def _kernel(
         inputs,
         2 * BLOCK_OUT,
         BLOCK_IN,
+        0,
         UNROLL,
         EVEN,
         DEPENDENT,
@@ -82,7 +83,7 @@ def _launch(intermediate: int, inputs: int) -> dict[str, int]:
     """BLOCK_OUT counts pairs of a gate and its up. `python -m bench.tune norm_gate_up_swiglu` sweeps others."""
     if inputs <= 1024:
         return {"BLOCK_OUT": 2, "BLOCK_IN": 256, "UNROLL": 4, "num_warps": 1}
-    return {"BLOCK_OUT": 2, "BLOCK_IN": 512, "UNROLL": 2, "num_warps": 2}
+    return {"BLOCK_OUT": 2, "BLOCK_IN": 256, "UNROLL": 2, "num_warps": 1}
 
 
 def norm_gate_up_swiglu(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ def norm_linear(
     check_norm_product("norm_linear", x, norm_weight, weight)
     if len(x) == 0:
         return torch.empty(0, len(weight), dtype=x.dtype, device=x.device)
-    return one_row(x, weight, norm_weight=norm_weight, eps=eps, bias=bias, **_launch(*weight.shape))
+    return one_row(x, weight, norm_weight=norm_weight, eps=eps, bias=bias, AHEAD=0, **_launch(*weight.shape))
 
 
 def make_inputs(

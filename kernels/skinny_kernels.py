@@ -21,6 +21,22 @@ def _weight_tile(weight_row, inside, column, inputs, EVEN: tl.constexpr):
 
 
 @triton.jit
+def prefetch(weight_row, inside, first, inputs, COLUMNS: tl.constexpr):
+    """Has COLUMNS columns of the rows at `weight_row`, from `first` on, fetched into the L2, by sectors of 32 bytes."""
+    SECTOR: tl.constexpr = 256 // weight_row.dtype.element_ty.primitive_bitwidth
+    column = first + tl.arange(0, COLUMNS // SECTOR) * SECTOR
+    wanted = inside[:, None] & (column < inputs)[None, :]
+    tl.inline_asm_elementwise(
+        "{.reg .pred wanted; setp.ne.s32 wanted, $2, 0; @wanted prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
+        "=r,l,r",
+        [weight_row + column[None, :], wanted.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def first_tile(weight_row, norm_weight_ptr, inside, inputs, BLOCK_IN: tl.constexpr, EVEN: tl.constexpr):
     """The first columns of the weights and of the norm's: what `product_from` begins with. They are loaded before the
     wait, for weights do not depend on the kernel before.
@@ -92,13 +108,19 @@ def one_row_product(
     inputs,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    AHEAD: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """x Wᵀ + bias + residual at the outputs `out` [BLOCK_OUT], for one x or its RMSNorm; what is None is left out."""
+    """x Wᵀ + bias + residual at the outputs `out` [BLOCK_OUT], for one x or its RMSNorm; what is None is left out.
+
+    AHEAD columns behind the first tile are on their way to the L2 before the wait too.
+    """
     weight_row = weight_ptr + out.to(tl.int64)[:, None] * weight_stride
     weight, norm_weight = first_tile(weight_row, norm_weight_ptr, inside, inputs, BLOCK_IN, EVEN)
+    if DEPENDENT and AHEAD > 0:
+        prefetch(weight_row, inside, BLOCK_IN, inputs, AHEAD)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + out, mask=inside, other=0.0)
     wait_for_previous(DEPENDENT)
@@ -128,6 +150,7 @@ def one_row_kernel(
     weight_stride,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    AHEAD: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -148,27 +171,12 @@ def one_row_kernel(
         inputs,
         BLOCK_OUT,
         BLOCK_IN,
+        AHEAD,
         UNROLL,
         EVEN,
         DEPENDENT,
     )
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def prefetch(weight_ptr, out, stride, first, inputs, COLUMNS: tl.constexpr):
-    """Has the columns from `first` on of the weight's rows `out` fetched into the L2, by sectors of 32 bytes."""
-    SECTOR: tl.constexpr = 256 // weight_ptr.dtype.element_ty.primitive_bitwidth
-    column = tl.minimum(first + tl.arange(0, COLUMNS // SECTOR) * SECTOR, inputs - 1)
-    weight_row = weight_ptr + out.to(tl.int64)[:, None] * stride
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [weight_row + column[None, :]],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -186,6 +194,7 @@ def few_rows_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    AHEAD: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -206,7 +215,7 @@ def few_rows_kernel(
     first = steps * split // splits
     if DEPENDENT:
         # Triton moves the loads of a pipelined loop above a wait that is in it (triton issue 11905).
-        prefetch(weight_ptr, tl.minimum(out, outputs - 1), weight_stride, first * BLOCK_IN, inputs, 2 * BLOCK_IN)
+        prefetch(weight_row, out < outputs, first * BLOCK_IN, inputs, AHEAD)
     wait_for_previous(DEPENDENT)
     acc = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
     for step in tl.range(first, steps * (split + 1) // splits, num_stages=STAGES):

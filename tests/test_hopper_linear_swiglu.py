@@ -16,9 +16,9 @@ from microvllm.kernels.swiglu import swiglu
 from .gluon_emulator import emulate, plant
 
 CASES = [
-    Case(tokens=70, intermediate=145, inputs=256),  # two tiles of the weight, one column in the last
-    Case(tokens=128, intermediate=576, inputs=256),  # whole tiles, one program has two of the four
-    Case(tokens=100, intermediate=700, inputs=320),  # a step more than there are stages
+    Case(tokens=70, intermediate=145, inputs=512),  # two tiles of the weight, one column in the last
+    Case(tokens=128, intermediate=576, inputs=512),  # whole tiles, one program has two of the four
+    Case(tokens=17, intermediate=300, inputs=576),  # a step more than there are stages; five tiles
 ]
 
 
@@ -68,29 +68,29 @@ def half(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float16)
 
 
-WEIGHT = half(2 * 18944, 256)
+WEIGHT = half(2 * 18944, 512)
 
 
-@pytest.mark.parametrize("rows", [65, 128])
+@pytest.mark.parametrize("rows", [1, 128])
 def test_what_it_takes(hopper, rows):
     for dtype in (torch.float16, torch.bfloat16):
-        assert refused_by_hopper(half(rows, 256).to(dtype), WEIGHT.to(dtype)) is None
+        assert refused_by_hopper(half(rows, 512).to(dtype), WEIGHT.to(dtype)) is None
 
 
 @pytest.mark.parametrize(
     "x, weight, words",
     [
-        (half(64, 256), WEIGHT, "65 to 128 tokens, not 64"),
-        (half(129, 256), WEIGHT, "65 to 128 tokens, not 129"),
-        (half(65, 256).float(), WEIGHT, "float16 and bfloat16, not in torch.float32"),
-        (half(65, 256), WEIGHT.bfloat16(), "not in torch.float16 and torch.bfloat16"),
-        (half(65, 192), WEIGHT[:, :192], "multiples of 64 from 256 on, not 192"),
-        (half(65, 328), half(2 * 18944, 328), "multiples of 64 from 256 on, not 328"),
-        (half(65, 260)[:, :256], WEIGHT, "aligned to 16 bytes"),
-        (half(65, 264)[:, 4:260], WEIGHT, "aligned to 16 bytes"),
-        (half(256, 65).t(), WEIGHT, "contiguous"),
-        (half(65, 256), half(2 * 4864, 256), "4864 columns do not keep 132 multiprocessors busy"),
-        (half(65, 256), half(0, 256), "busy"),
+        (half(0, 512), WEIGHT, "1 to 128 tokens, not 0"),
+        (half(129, 512), WEIGHT, "1 to 128 tokens, not 129"),
+        (half(65, 512).float(), WEIGHT, "float16 and bfloat16, not in torch.float32"),
+        (half(65, 512), WEIGHT.bfloat16(), "not in torch.float16 and torch.bfloat16"),
+        (half(65, 448), WEIGHT[:, :448], "multiples of 64 from 512 on, not 448"),
+        (half(65, 520), half(2 * 18944, 520), "multiples of 64 from 512 on, not 520"),
+        (half(65, 516)[:, :512], WEIGHT, "aligned to 16 bytes"),
+        (half(65, 520)[:, 4:516], WEIGHT, "aligned to 16 bytes"),
+        (half(512, 65).t(), WEIGHT, "contiguous"),
+        (half(65, 512), half(2 * 4864, 512), "4864 columns do not keep 132 multiprocessors busy"),
+        (half(65, 512), half(0, 512), "busy"),
     ],
 )
 def test_what_it_refuses(hopper, x, weight, words):
@@ -98,22 +98,25 @@ def test_what_it_refuses(hopper, x, weight, words):
 
 
 def test_what_is_no_hopper_gpu_is_refused():
-    assert "compute capability 9.0, not for cpu" in refused_by_hopper(half(65, 256), WEIGHT)
+    assert "compute capability 9.0, not for cpu" in refused_by_hopper(half(65, 512), WEIGHT)
 
 
 @pytest.mark.parametrize(
-    "intermediate, multiprocessors, busy",
+    "rows, intermediate, multiprocessors, busy",
     [
-        (18944, 132, True),  # Qwen2-7B on an H100: 132 tiles
-        (18944, 114, False),  # on an H100 PCIe: a second turn for 18 of them
-        (17408, 132, True),  # Qwen3-14B: 121
-        (14336, 132, False),  # Llama 3 8B: 100
-        (27648, 132, False),  # Qwen2.5-32B: 192, one turn and a half
-        (4864, 132, False),  # Qwen2-0.5B: 34
+        (128, 18944, 132, True),  # Qwen2-7B on an H100: 132 tiles
+        (128, 18944, 114, False),  # on an H100 PCIe: a second turn for 18 of them
+        (64, 18944, 132, True),  # 264
+        (64, 18944, 114, False),  # a third turn for 36
+        (128, 17408, 132, True),  # Qwen3-14B: 121
+        (128, 14336, 132, False),  # Llama 3 8B: 100
+        (128, 27648, 132, False),  # Qwen2.5-32B: 192, one turn and a half
+        (64, 27648, 132, True),  # 384
+        (128, 4864, 132, False),  # Qwen2-0.5B: 34
     ],
 )
-def test_multiprocessors_that_would_idle(intermediate, multiprocessors, busy):
-    assert keeps_busy(intermediate, multiprocessors) == busy
+def test_multiprocessors_that_would_idle(rows, intermediate, multiprocessors, busy):
+    assert keeps_busy(rows, intermediate, multiprocessors) == busy
 
 
 @pytest.mark.parametrize("rows", [65, 128])
@@ -122,7 +125,8 @@ def test_the_unfused_kernels_compute_what_it_refuses(rows):
     assert torch.equal(skinny_linear_swiglu(x, weight), swiglu(skinny_linear(x, weight)))
 
 
-def test_it_computes_what_it_takes(hopper, monkeypatch):
+@pytest.mark.parametrize("rows", [33, 64, 65, 128])
+def test_it_computes_what_it_takes(hopper, monkeypatch, rows):
     monkeypatch.setattr(linear_swiglu, "hopper_linear_swiglu", lambda x, weight: (x, weight))
-    x = half(65, 256)
+    x = half(rows, 512)
     assert skinny_linear_swiglu(x, WEIGHT) == (x, WEIGHT)
