@@ -78,9 +78,15 @@ def grid(**values: tuple[int, ...]) -> tuple[Launch, ...]:
 
 def _attention(sizes: range, *cuts: tuple[int, int]) -> Sweep:
     """cuts: chunks of all contexts together, tokens of a chunk at least.  sizes: of the batches they are tried on."""
-    names = ("TILE", "STAGES", "num_warps", "chunks", "MIN_CHUNK")
-    tiles = ((32, 3, 4), (32, 4, 4), (64, 2, 4), (64, 3, 4), (128, 2, 4))
-    launches = [dict(zip(names, tile + cut, strict=True)) for tile, cut in product(tiles, cuts) if cut[1] >= tile[0]]
+    names = ("TILE", "STAGES", "WARPS", "maxnreg")
+    # 16 tokens a warp at least. With 128 registers four programs of four warps fit a multiprocessor.
+    tiles = ((32, 2, 2, None), (32, 3, 2, None), (64, 2, 4, None), (64, 2, 4, 128), (64, 3, 4, None), (64, 4, 4, None))
+    tiles += ((128, 2, 4, None), (128, 2, 8, 128))
+    launches = [
+        dict(zip(names, tile, strict=True), chunks=chunks, MIN_CHUNK=min_chunk)
+        for tile, (chunks, min_chunk) in product(tiles, cuts)
+        if min_chunk >= tile[0]
+    ]
 
     def serves(case: Case) -> bool:
         qwen2_7b = paged_attention.OP.large_cases[0].sizes
@@ -91,27 +97,38 @@ def _attention(sizes: range, *cuts: tuple[int, int]) -> Sweep:
 
 
 def _few_rows() -> tuple[Launch, ...]:
-    tiles = ((64, 64, 4, 4), (64, 64, 5, 4), (64, 128, 3, 4), (64, 128, 5, 4), (128, 64, 3, 8), (128, 128, 3, 8))
+    tiles = ((64, 64, 3, 4), (64, 64, 4, 4), (64, 64, 5, 4), (64, 128, 3, 4), (64, 128, 5, 4))
+    tiles += ((128, 64, 3, 8), (128, 64, 4, 8), (128, 128, 3, 8))
     names = ("BLOCK_OUT", "BLOCK_IN", "STAGES", "num_warps")
-    return tuple(dict(zip(names, tile, strict=True), SPLITS=splits) for tile in tiles for splits in (1, 2, 4, 5, 7))
+    cuts = ((0, 1), (2, 1), (0, 2), (2, 2), (2, 4), (2, 5), (2, 7))
+    return tuple(
+        dict(zip(names, tile, strict=True), AHEAD=ahead * tile[1], SPLITS=splits)
+        for tile in tiles
+        for ahead, splits in cuts
+    )
 
 
 def _gates_and_ups() -> tuple[Launch, ...]:
     tiles = ((64, 64, 3, 4), (64, 64, 4, 4), (64, 64, 5, 4), (64, 128, 2, 4), (64, 128, 3, 4), (128, 64, 3, 8))
     tiles += ((64, 64, 3, 8), (64, 64, 4, 8), (64, 128, 2, 8))
     names = ("BLOCK_OUT", "BLOCK_IN", "STAGES", "num_warps")
-    return tuple(dict(zip(names, tile, strict=True), EARLY=early) for tile in tiles for early in (False, True))
+    return tuple(dict(zip(names, tile, strict=True), AHEAD=ahead * tile[1]) for tile in tiles for ahead in (0, 2))
 
 
 def _one_row() -> tuple[Launch, ...]:
     tiles = grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(256, 512), UNROLL=(2, 4), num_warps=(1,))
-    return tiles + grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(512, 1024), UNROLL=(2,), num_warps=(2,))
+    tiles += grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(512, 1024), UNROLL=(2, 4), num_warps=(2,))
+    return tiles + grid(BLOCK_OUT=(1, 2), BLOCK_IN=(1024, 2048), UNROLL=(2, 4), num_warps=(4,))
 
 
 def _one_row_short() -> tuple[Launch, ...]:
     """For a row of 896: as one tile, or in several."""
     tiles = grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(1024,), UNROLL=(1,), num_warps=(2, 4))
     return tiles + grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(256,), UNROLL=(2, 4), num_warps=(1,))
+
+
+def _ahead(launches: tuple[Launch, ...]) -> tuple[Launch, ...]:
+    return tuple({**launch, "AHEAD": ahead} for launch in launches for ahead in (0, 1024, 2048))
 
 
 def _fused_one_row(module: ModuleType) -> tuple[Sweep, ...]:
@@ -137,9 +154,9 @@ def _narrow_rows(op: Op) -> Sweep:
 SWEEPS: dict[str, tuple[Sweep, ...]] = {
     "paged_attention": (
         _attention(range(2), (256, 32), (256, 64), (384, 32)),
-        _attention(range(2, 17), (256, 64), (384, 64), (512, 64), (640, 64)),
-        _attention(range(17, 65), (0, 128), (280, 256), (420, 128), (420, 256), (560, 256), (840, 256), (1120, 256)),
-        _attention(range(65, 1024), (0, 128), (640, 512), (1120, 512)),
+        _attention(range(2, 17), (256, 64), (384, 64), (512, 64)),
+        _attention(range(17, 65), (0, 128), (280, 256), (384, 128), (420, 128)),
+        _attention(range(65, 1024), (0, 128)),
     ),
     "prefill_attention": (
         Sweep(
@@ -156,7 +173,7 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
             "skinny",
             linear,
             "_one_row_launch",
-            _one_row(),
+            _ahead(_one_row()),
             lambda case: case.sizes["rows"] == 1 and case.sizes["inputs"] > 1024,
         ),
         Sweep(
@@ -164,7 +181,7 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
             "skinny",
             linear,
             "_one_row_launch",
-            _one_row_short(),
+            tuple({**launch, "AHEAD": 0} for launch in _one_row_short()),
             lambda case: case.sizes["rows"] == 1 and case.sizes["inputs"] <= 1024,
         ),
         Sweep(
@@ -179,7 +196,7 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
     "linear_swiglu": (
         Sweep(
             linear_swiglu.OP,
-            "skinny",
+            linear_swiglu.few_rows_linear_swiglu,
             linear_swiglu,
             "_launch",
             _gates_and_ups(),

@@ -71,10 +71,6 @@ def append_attention(
     return attend(q, k_cache, v_cache, block_table, context_lens, scale, new=new)
 
 
-MOST_ROWS = 128
-"""With more, two launches are as fast or faster: the new tokens' registers leave room for fewer programs at once."""
-
-
 def flash_attn_append(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -236,7 +232,7 @@ OP = Op(
     "append_attention",
     reference=append_attention_reference,
     implementations={
-        "triton": Implementation(append_attention, needs_gpu, most_rows=MOST_ROWS),
+        "triton": Implementation(append_attention, needs_gpu),
         "flash_attn": Implementation(
             flash_attn_append,
             needs_flash_attn,

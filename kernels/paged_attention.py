@@ -60,26 +60,28 @@ def paged_attention_reference(
 LOG2_E = 1.4426950408889634
 
 
-def _launch(items: int, bytes_per_head: int, block_size: int) -> dict[str, int]:
-    """chunks that all contexts together are cut into (0: they are not cut), tokens a chunk has at least, tokens a
-    tile, stages of loads in flight, and warps.
+def _launch(items: int, bytes_per_head: int) -> dict[str, int]:
+    """chunks that all contexts together are cut into (0: they are not cut), tokens a chunk has at least, tokens a tile,
+    stages of loads in flight, warps, and maxnreg, their registers.
 
     items: sequences times KV heads.  bytes_per_head: of a key, its elements padded to a power of 2.
 
     Chosen for Qwen2-7B in bfloat16 on an H200, whose keys have 256 bytes, from what `python -m bench.tune
-    paged_attention` measures: about three chunks a multiprocessor, and whole contexts where there are more than that.
+    paged_attention` measures: about two chunks a multiprocessor, and whole contexts where there are as many of them.
     """
-    if items <= 64:
-        launch = {"chunks": min(64 * items, 384), "MIN_CHUNK": 32 if items <= 8 else 64, "TILE": 32, "STAGES": 3}
+    if items <= 8:
+        launch = {"chunks": 64 * min(items, 4), "MIN_CHUNK": 32, "TILE": 32, "STAGES": 3, "WARPS": 2}
+    elif items <= 64:
+        launch = {"chunks": 256, "MIN_CHUNK": 64, "TILE": 64, "STAGES": 3, "WARPS": 4}
     elif items < 256:
-        launch = {"chunks": 420, "MIN_CHUNK": 128, "TILE": 64, "STAGES": 2}
+        launch = {"chunks": 280, "MIN_CHUNK": 256, "TILE": 32, "STAGES": 3, "WARPS": 2}
     else:
-        # So many contexts are seldom of one length, and the longest are read faster in longer tiles of one block.
-        launch = {"chunks": 0, "MIN_CHUNK": 64, "STAGES": 2}
-        launch["TILE"] = 128 if items >= 1024 and block_size % 128 == 0 else 64
+        launch = {"chunks": 0, "MIN_CHUNK": 64, "TILE": 64, "STAGES": 2, "WARPS": 4}
+        if bytes_per_head <= 256:
+            launch["maxnreg"] = 128  # so few that a multiprocessor has them for four programs
     for tokens in ("MIN_CHUNK", "TILE"):
         launch[tokens] = max(16, launch[tokens] * 256 // bytes_per_head)
-    return launch | {"num_warps": 4}
+    return launch | {"WARPS": min(launch["WARPS"], launch["TILE"] // 16)}  # the matrix unit takes 16 tokens
 
 
 class NewTokens(NamedTuple):
@@ -130,7 +132,7 @@ def attend(
     group = heads // kv_heads
     items = batch * kv_heads
     block_dim = triton.next_power_of_2(head_dim)
-    launch = _launch(items, block_dim * q.element_size(), block_size)
+    launch = _launch(items, block_dim * q.element_size())
     chunks = launch["chunks"]
     shape = {
         "KV_HEADS": kv_heads,
@@ -166,6 +168,7 @@ def attend(
         CUT=chunks > 0,
         SCALED=k_scale is not None,
         DEPENDENT=has_dependent_launch(q.device),
+        num_warps=launch["WARPS"],
         **shape,
         **launch,
     )

@@ -56,6 +56,7 @@ def paged_attention_kernel(
     CUT: tl.constexpr,
     SCALED: tl.constexpr,
     STAGES: tl.constexpr,
+    WARPS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """A program takes one chunk of one sequence, for one KV head and the query heads that read it; without CUT, the
@@ -69,14 +70,10 @@ def paged_attention_kernel(
     allow_next(DEPENDENT)
     program = tl.program_id(0)
     if CUT:
-        counts, size = _cut(context_ptr, batch, chunks, KV_HEADS, BLOCK_BATCH, TILE, MIN_CHUNK)
-        # The programs of a chunk's KV heads are neighbours, for they read neighbouring memory. The rows whose programs
-        # all come before this one, and how many these are, in one reduction.
-        ends = tl.cumsum(counts, 0) * KV_HEADS
-        before = ((tl.arange(0, BLOCK_BATCH) + 1).to(tl.int64) << 32) | ends.to(tl.int64)
-        before = tl.max(tl.where(ends <= program, before, 0), 0)
-        row = (before >> 32).to(tl.int32)
-        within = program - (before & 0x7FFFFFFF).to(tl.int32)
+        size = _chunk_size(context_ptr, batch, chunks, KV_HEADS, BLOCK_BATCH, TILE, MIN_CHUNK)
+        # The programs of a chunk's KV heads are neighbours, for they read neighbouring memory.
+        row, before = _row_of(program, context_ptr, batch, size, KV_HEADS, BLOCK_BATCH)
+        within = program - before
         context = tl.load(context_ptr + row, mask=row < batch, other=0)
         count = _count(context, size)
         tiles = (context + TILE - 1) // TILE
@@ -94,18 +91,21 @@ def paged_attention_kernel(
         if APPEND:
             appends = (context > 0) & (end == context)
             end -= appends.to(tl.int32)  # of the tokens that the cache has
-        BLOCK_GROUP: tl.constexpr = max(16, triton.next_power_of_2(GROUP))  # the matrix unit takes 16 rows
+        BLOCK_GROUP: tl.constexpr = max(8, triton.next_power_of_2(GROUP))  # the matrix unit takes 8 columns
         BLOCK_DIM: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
+        WARP_TILE: tl.constexpr = TILE // WARPS
         kv_head = within % KV_HEADS
         head = tl.arange(0, BLOCK_GROUP)
         dims = tl.arange(0, BLOCK_DIM)
-        in_tile = tl.arange(0, TILE)
+        warp = tl.arange(0, WARPS)
+        in_tile = warp[:, None] * WARP_TILE + tl.arange(0, WARP_TILE)[None, :]
+        paged = warp[:, None] * WARP_TILE if BLOCK_SIZE % WARP_TILE == 0 else in_tile  # what the table is asked for
         table_row = table_ptr + row.to(tl.int64) * table_stride
         # A tile's place in the table is loaded while the tile before it is computed; the first, with the context.
         if BLOCK_SIZE % TILE == 0:
             page = tl.load(table_row + start // BLOCK_SIZE)
         else:
-            page = tl.load(table_row + (start + in_tile) // BLOCK_SIZE, mask=start + in_tile < end, other=0)
+            page = tl.load(table_row + (start + paged) // BLOCK_SIZE, mask=start + paged < end, other=0)
         head_mask = (head < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
         q_row = q_ptr + row.to(tl.int64) * q_stride_row
         q_heads = q_row + (kv_head * GROUP + head)[:, None] * q_stride_head
@@ -141,57 +141,89 @@ def paged_attention_kernel(
                 power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
                 q = (q.to(tl.float32) / power[:, None]).to(tl.float16)
                 logit_scale *= power
-        highest = tl.full([BLOCK_GROUP], -1e30, tl.float32)  # finite: an empty tile must not make inf − inf
-        weight_sum = tl.zeros([BLOCK_GROUP], tl.float32)
-        acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+        # Each warp attends to its part of every tile as if alone, and what they have is merged once: a softmax of them
+        # all would exchange its maxima and weights in each tile. The weights are summed for each place in a tile.
+        highest = tl.full([WARPS, BLOCK_GROUP], -1e30, tl.float32)  # finite: an empty tile must not make inf − inf
+        weight_sum = tl.zeros([WARPS, WARP_TILE, BLOCK_GROUP], tl.float32)
+        acc = tl.zeros([WARPS, BLOCK_DIM, BLOCK_GROUP], tl.float32)
         k_head = k_ptr + kv_head * k_stride_head
         v_head = v_ptr + kv_head * v_stride_head
         if APPEND:  # noqa: SIM102  this one is decided by the compiler
             if appends:
-                # The softmax begins with the new token: behind the loop q, k and v would be kept in registers for it.
-                highest = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale_log2
-                weight_sum = tl.full([BLOCK_GROUP], 1.0, tl.float32)
-                acc += new_v.to(tl.float32)[None, :]
+                # The first warp's softmax begins with the new token: behind the loop q, k and v would be kept in
+                # registers for it.
+                logit = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale_log2
+                highest = tl.broadcast_to(logit[None, :], [WARPS, BLOCK_GROUP])
+                weight_sum += (in_tile == 0).to(tl.float32)[:, :, None]
+                acc += tl.where((warp == 0)[:, None, None], new_v.to(tl.float32)[None, :, None], 0.0)
                 block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
                 written = dims < tl.where(slot >= 0, HEAD_DIM, 0)
                 tl.store(k_head + block * k_stride_block + offset * k_stride_token + dims, new_k, mask=written)
                 tl.store(v_head + block * v_stride_block + offset * v_stride_token + dims, new_v, mask=written)
+        # Heads are the columns of the products, which take 8 at least, and not the rows, which take 16.
+        q = tl.broadcast_to(tl.trans(q)[None], [WARPS, BLOCK_DIM, BLOCK_GROUP])
         for tile in tl.range(start, end, TILE, num_stages=STAGES):
             seen = tile + in_tile < end
-            offset = (tile + in_tile) % BLOCK_SIZE
-            k_row = k_head + page.to(tl.int64) * k_stride_block + offset * k_stride_token
-            v_row = v_head + page.to(tl.int64) * v_stride_block + offset * v_stride_token
-            mask = seen[:, None] & (dims < HEAD_DIM)[None, :]
-            k = tl.load(k_row[:, None] + dims[None, :], mask=mask, other=0.0)
-            v = tl.load(v_row[:, None] + dims[None, :], mask=mask, other=0.0)
+            k_tile = k_head + page.to(tl.int64) * k_stride_block
+            v_tile = v_head + page.to(tl.int64) * v_stride_block
+            if BLOCK_SIZE % TILE == 0:
+                k_tile += tile % BLOCK_SIZE * k_stride_token
+                v_tile += tile % BLOCK_SIZE * v_stride_token
+                offset = in_tile
+            else:
+                offset = (tile + in_tile) % BLOCK_SIZE
+            k_row = (k_tile + offset * k_stride_token)[:, :, None]
+            v_row = (v_tile + offset * v_stride_token)[:, None, :]
+            k_mask = seen[:, :, None] & (dims < HEAD_DIM)[None, None, :]
+            k = tl.load(k_row + dims[None, None, :], mask=k_mask, other=0.0)
+            # Transposed in its addresses: `tl.trans` would keep Triton from loading it without registers.
+            v_mask = seen[:, None, :] & (dims < HEAD_DIM)[None, :, None]
+            v = tl.load(v_row + dims[None, :, None], mask=v_mask, other=0.0)
             ahead = tile + TILE
             if BLOCK_SIZE % TILE == 0:
                 page = tl.load(table_row + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
             else:
-                page = tl.load(table_row + (ahead + in_tile) // BLOCK_SIZE, mask=ahead + in_tile < end, other=0)
+                page = tl.load(table_row + (ahead + paged) // BLOCK_SIZE, mask=ahead + paged < end, other=0)
 
-            logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * logit_scale[:, None]
-            logits = tl.where(seen[None, :], logits, float("-inf"))
+            logits = tl.dot(k.to(q.dtype), q, input_precision="ieee") * logit_scale[None, None, :]
+            logits = tl.where(seen[:, :, None], logits, float("-inf"))
             higher = tl.maximum(highest, tl.max(logits, 1))
-            fade = tl.exp2(highest - higher)
-            weights = tl.exp2(logits - higher[:, None])
-            weight_sum = weight_sum * fade + tl.sum(weights, 1)
-            acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
+            fade = tl.exp2(highest - higher)[:, None, :]
+            weights = tl.exp2(logits - higher[:, None, :])
+            weight_sum = weight_sum * fade + weights
+            acc = tl.dot(v.to(q.dtype), weights.to(q.dtype), acc * fade, input_precision="ieee")
             highest = higher
 
-        acc = acc / tl.where(weight_sum > 0, weight_sum, 1.0)[:, None]
+        higher = tl.max(highest, 0)
+        fade = tl.exp2(highest - higher)
+        total = tl.sum(tl.sum(weight_sum, 1) * fade, 0)
+        share = fade / tl.where(total > 0, total, 1.0)
+        y = _sum_of_last(tl.permute(acc * share[:, None, :], 2, 1, 0))
         if SCALED:
-            acc *= tl.load(v_scale_ptr + kv_head)
+            y *= tl.load(v_scale_ptr + kv_head)
         place = head[:, None] * HEAD_DIM + dims[None, :]
         item_out = out_ptr + (row * KV_HEADS + kv_head).to(tl.int64) * (GROUP * HEAD_DIM)
         final = tl.where(count == 1, GROUP, 0)  # heads whose result this is; else it is a part of each
         final_mask = (head < final)[:, None] & (dims < HEAD_DIM)[None, :]
-        tl.store(item_out + place, acc.to(out_ptr.dtype.element_ty), mask=final_mask)
+        # In runs of 4 as the parts are stored, so that one exchange between threads does for both.
+        tl.store(item_out + tl.max_contiguous(place, (1, 4)), y.to(out_ptr.dtype.element_ty), mask=final_mask)
         if CUT:  # noqa: SIM102  this one is decided by the compiler
             if count > 1:
                 part = program * GROUP
-                tl.store(part_ptr + part.to(tl.int64) * HEAD_DIM + place, acc, mask=head_mask)
-                tl.store(part_lse_ptr + part + head, highest + tl.log2(weight_sum), mask=head < GROUP)
+                tl.store(part_ptr + part.to(tl.int64) * HEAD_DIM + place, y, mask=head_mask)
+                tl.store(part_lse_ptr + part + head, higher + tl.log2(total), mask=head < GROUP)
+
+
+@triton.jit
+def _sum_of_last(x):
+    """Σ over the last of three dimensions, a power of 2. `tl.sum` would exchange each element between warps; `tl.split`
+    brings what is added into one thread, in one exchange of all.
+    """
+    if x.shape[2] == 1:
+        return tl.reshape(x, [x.shape[0], x.shape[1]])
+    else:
+        left, right = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))
+        return _sum_of_last(left + right)
 
 
 @triton.jit
@@ -201,7 +233,14 @@ def _turned(x, partner, cos, sin):
 
 
 @triton.jit
-def _cut(
+def _contexts(context_ptr, batch, first, ROWS: tl.constexpr):
+    """Those of ROWS rows from `first` on, and whether there is such a row."""
+    row = first + tl.arange(0, ROWS)
+    return tl.load(context_ptr + row, mask=row < batch, other=0), row < batch
+
+
+@triton.jit
+def _chunk_size(
     context_ptr,
     batch,
     chunks,
@@ -210,16 +249,34 @@ def _cut(
     TILE: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
 ):
-    """(into how many chunks each context is cut, their size), so that all KV heads have `chunks` chunks together.
-
-    Rounded up for each sequence, so they may be more by one for each sequence and KV head. A row past the batch has
-    none.
+    """The tokens of a chunk, so that all KV heads have `chunks` chunks together. Rounded up for each sequence, so they
+    may be more by one for each sequence and KV head.
     """
-    rows = tl.arange(0, BLOCK_BATCH)
-    contexts = tl.load(context_ptr + rows, mask=rows < batch, other=0)
-    size = (tl.sum(contexts, 0) * KV_HEADS + chunks - 1) // chunks
-    size = tl.maximum((size + TILE - 1) // TILE * TILE, MIN_CHUNK)
-    return tl.where(rows < batch, _count(contexts, size), 0), size
+    total = 0
+    ROWS: tl.constexpr = min(32, BLOCK_BATCH)  # as many as a warp has threads: it need ask no other
+    for first in tl.static_range(0, BLOCK_BATCH, ROWS):
+        contexts, _ = _contexts(context_ptr, batch, first, ROWS)
+        total += tl.sum(contexts, 0)
+    size = (total * KV_HEADS + chunks - 1) // chunks
+    return tl.maximum((size + TILE - 1) // TILE * TILE, MIN_CHUNK)
+
+
+@triton.jit
+def _row_of(program, context_ptr, batch, size, KV_HEADS: tl.constexpr, BLOCK_BATCH: tl.constexpr):
+    """The row whose chunk a program takes, and how many programs the rows before it have."""
+    row = 0
+    before = 0
+    end = 0
+    ROWS: tl.constexpr = min(32, BLOCK_BATCH)
+    for first in tl.static_range(0, BLOCK_BATCH, ROWS):
+        contexts, there = _contexts(context_ptr, batch, first, ROWS)
+        programs = tl.where(there, _count(contexts, size) * KV_HEADS, 0)
+        ends = end + tl.cumsum(programs, 0)
+        end += tl.sum(programs, 0)
+        passed = ends <= program
+        row += tl.sum(passed.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(passed, ends, 0), 0))
+    return row, before
 
 
 @triton.jit
@@ -250,9 +307,13 @@ def merge_kernel(
     row = tl.program_id(0) // (KV_HEADS * GROUP)
     kv_head = tl.program_id(0) // GROUP % KV_HEADS
     head = tl.program_id(0) % GROUP
-    counts, size = _cut(context_ptr, batch, chunks, KV_HEADS, BLOCK_BATCH, TILE, MIN_CHUNK)
+    size = _chunk_size(context_ptr, batch, chunks, KV_HEADS, BLOCK_BATCH, TILE, MIN_CHUNK)
     count = _count(tl.load(context_ptr + row), size)
-    first = tl.sum(tl.where(tl.arange(0, BLOCK_BATCH) < row, counts, 0), 0) * KV_HEADS + kv_head
+    first = kv_head
+    ROWS: tl.constexpr = min(32, BLOCK_BATCH)
+    for before in tl.static_range(0, BLOCK_BATCH, ROWS):
+        contexts, there = _contexts(context_ptr, row, before, ROWS)
+        first += tl.sum(tl.where(there, _count(contexts, size), 0), 0) * KV_HEADS
     # The lengths were there before the kernel that made the parts began, for it is no dependent launch itself.
     wait_for_previous(DEPENDENT)
     if count > 1:

@@ -15,7 +15,7 @@ from microvllm.kernels.rotary import rotary_reference
 from microvllm.kernels.rotary_store_kv import rotary_store_kv_reference, store_kv_reference
 
 SIZES = {"heads": 2, "kv_heads": 1, "head_dim": 16, "block_size": 256}
-CUT = {"chunks": 64, "MIN_CHUNK": 32, "TILE": 32, "STAGES": 2, "num_warps": 4}
+CUT = {"chunks": 64, "MIN_CHUNK": 32, "TILE": 32, "STAGES": 2, "WARPS": 2}
 """A launch that cuts a short context into chunks of 32 tokens."""
 
 
@@ -45,9 +45,9 @@ def assert_right(given: dict) -> None:
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("items", [1, 9, 65, 257, 1024])
+@pytest.mark.parametrize("items", [1, 9, 65, 257])
 def test_every_launch_gives_the_same_function(monkeypatch, items):
-    launch = paged_attention._launch(items, bytes_per_head=256, block_size=256)
+    launch = paged_attention._launch(items, bytes_per_head=256)
     monkeypatch.setattr(paged_attention, "_launch", lambda *sizes: launch)
     case = Case(batch=3, context=300, shortest=1, heads=6, kv_heads=2, head_dim=64, block_size=16, padded=1)
     report = OP.check("triton", [case], dtypes=[torch.float32])

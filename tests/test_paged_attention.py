@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from microvllm.kernels import paged_attention
+from microvllm.kernels import append_attention, paged_attention
 from microvllm.kernels.op import Case
 
 CASE = Case(batch=2, context=700, shortest=3, heads=6, kv_heads=2, head_dim=64, block_size=16, padded=1)
 
 
-@pytest.mark.parametrize("items", [1, 9, 65, 257, 1024])
+@pytest.mark.parametrize("items", [1, 9, 65, 257])
 def test_every_launch_gives_the_same_function(monkeypatch, items):
-    launch = paged_attention._launch(items, bytes_per_head=256, block_size=256)
+    launch = paged_attention._launch(items, bytes_per_head=256)
     monkeypatch.setattr(paged_attention, "_launch", lambda *sizes: launch)
     report = paged_attention.OP.check("triton", [CASE], dtypes=[torch.float32])
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.parametrize("warps, tile", [(1, 16), (2, 32), (4, 64), (4, 128)])
+@pytest.mark.parametrize("op", [paged_attention.OP, append_attention.OP], ids=lambda op: op.name)
+def test_any_tile_gives_the_same_function(monkeypatch, op, warps, tile):
+    """Of a part of a block for each warp, of a block and of several."""
+    launch = {"chunks": 20, "MIN_CHUNK": tile, "TILE": tile, "STAGES": 2, "WARPS": warps}
+    monkeypatch.setattr(paged_attention, "_launch", lambda *sizes: launch)
+    report = op.check("triton", [CASE], dtypes=[torch.float32])
     assert report.ok, f"\n{report}"
 
 

@@ -72,4 +72,5 @@ def test_log_probabilities_are_those_of_a_distribution(qwen2_7b):
     for entry in (*output.logprobs, *output.prompt_logprobs[1:]):
         assert entry.logprob <= 0
         assert sorted(entry.top, key=lambda pair: -pair[1]) == entry.top
-    assert all(entry.top[0][0] == entry.token_id for entry in output.logprobs)
+    # The likeliest token is drawn, though of several that are equally likely the list may begin with another.
+    assert all((entry.token_id, entry.top[0][1]) in entry.top for entry in output.logprobs)
