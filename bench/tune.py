@@ -31,8 +31,9 @@ from microvllm.kernels import (
     rms_norm,
     swiglu,
 )
-from microvllm.kernels.measure import default_dtype
+from microvllm.kernels.measure import count_sets, default_dtype
 from microvllm.kernels.op import Case, Op
+from microvllm.kernels.roof import measure_roof
 from microvllm.kernels.timing import graph_time
 
 from . import record
@@ -240,9 +241,11 @@ def _compile(name: str, i: int, launch: Launch) -> None:
 
 def _time(sweep: Sweep, case: Case) -> list[tuple[float, Launch]]:
     """The candidates' times in µs, the fastest first."""
+    device = torch.device("cuda", torch.cuda.current_device())
     cost = sweep.op.cost(**case.sizes, itemsize=2)
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    sets = [_inputs(sweep.op, case, seed) for seed in range(min(128, 4 + 5 * l2 // (cost.read + cost.written)))]
+    # As many as `bench.kernels` takes: over the fewest that outlast the L2, long products are faster than in a model.
+    count = count_sets(_inputs(sweep.op, case, 0), cost, measure_roof(device), device)
+    sets = [_inputs(sweep.op, case, seed) for seed in range(count)]
     times = []
     for launch in sweep.launches:
         with sweep.choosing(launch) as kernel:

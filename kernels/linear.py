@@ -96,21 +96,20 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | N
         tile = {"BLOCK_OUT": 64, "BLOCK_IN": block_in, "AHEAD": 2 * block_in, "STAGES": stages, "num_warps": 4}
         return tile | {"SPLITS": max(1, min(splits, inputs // block_in))}
 
-    if tiles >= 2 * _MULTIPROCESSORS:
-        head = tiles >= 8 * _MULTIPROCESSORS
-        if rows > 16 and head and inputs <= 1024:
-            return None
-        if rows <= 16 or head:
-            return launch(128, 3, 1)
-        return {"BLOCK_OUT": 128, "BLOCK_IN": 64, "AHEAD": 0, "STAGES": 3, "num_warps": 8, "SPLITS": 1}
     if rows <= 16:
+        if tiles >= 2 * _MULTIPROCESSORS:
+            return launch(128, 3, 1)
         if inputs <= 1024:
             return launch(64, 5, 4) if tiles >= _MULTIPROCESSORS else launch(128, 3, 7)
         if tiles >= _MULTIPROCESSORS // 2:
             return launch(128, 3, 5)
         return launch(128, 5, max(2, min(_MULTIPROCESSORS // tiles, 4)))
     if inputs <= 1024:
-        return launch(64, 5, 1 if tiles >= _MULTIPROCESSORS else 5)
+        return launch(64, 5, 5) if tiles < _MULTIPROCESSORS else None
+    if tiles >= 8 * _MULTIPROCESSORS:
+        return launch(128, 3, 1)
+    if tiles >= 2 * _MULTIPROCESSORS:
+        return {"BLOCK_OUT": 128, "BLOCK_IN": 64, "AHEAD": 0, "STAGES": 3, "num_warps": 8, "SPLITS": 1}
     splits = min(_MULTIPROCESSORS // tiles, 7)
     return launch(128, 5 if rows <= 64 else 4, splits) if tiles * splits >= 0.7 * _MULTIPROCESSORS else None
 

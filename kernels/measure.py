@@ -126,7 +126,7 @@ def measure_case(
             for generator in (torch.Generator(device).manual_seed(seed + i) for i in range(3))
         )
         entrants = [_own(op, peer, device) for peer in peers]
-        count = _count_sets(inputs, cost, roof, device)
+        count = count_sets(inputs, cost, roof, device)
         clock = Clock(device)
         times = _race(op, implementation, entrants, inputs, others, cost, roof, count, clock)
         return Row(case, dtype, cost, roof, *times, clock.range)
@@ -324,7 +324,7 @@ class _ArgumentSets:
         return None
 
 
-def _count_sets(inputs: dict[str, Any], cost: Cost, roof: Roof, device: torch.device) -> int:
+def count_sets(inputs: dict[str, Any], cost: Cost, roof: Roof, device: torch.device) -> int:
     """How many argument sets outlast the L2 and make a replay long enough, and fit a quarter of the memory."""
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     free = torch.cuda.mem_get_info(device)[0]

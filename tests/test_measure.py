@@ -209,7 +209,7 @@ def made_up_gpu(monkeypatch):
     monkeypatch.setattr(module, "gpu", lambda device: CPU)
     monkeypatch.setattr(module, "measure_roof", lambda device: ROOF)
     monkeypatch.setattr(module, "CapturedCalls", FakeGraph)
-    monkeypatch.setattr(module, "_count_sets", lambda *arguments: 3)
+    monkeypatch.setattr(module, "count_sets", lambda *arguments: 3)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "clock_rate", lambda device: 1980)
 
