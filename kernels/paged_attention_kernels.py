@@ -176,7 +176,7 @@ def paged_attention_kernel(
             v_row = (v_tile + offset * v_stride_token)[:, None, :]
             k_mask = seen[:, :, None] & (dims < HEAD_DIM)[None, None, :]
             k = tl.load(k_row + dims[None, None, :], mask=k_mask, other=0.0)
-            # Transposed in its addresses: `tl.trans` would keep Triton from loading it without registers.
+            # Transposed by its addresses: with `tl.trans` Triton loads it by way of registers, and waits.
             v_mask = seen[:, None, :] & (dims < HEAD_DIM)[None, :, None]
             v = tl.load(v_row + dims[None, :, None], mask=v_mask, other=0.0)
             ahead = tile + TILE
