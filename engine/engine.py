@@ -170,14 +170,14 @@ class InferenceEngine:
         has finish_reason "error".
         """
         prompts = one_or_several(prompts)
-        each = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many params, or one for all; there are {len(each)}")
+        if not isinstance(params, (list, tuple)):
+            each = [self._params(params, options)] * len(prompts)
+        elif len(params) == len(prompts):
+            each = [self._params(p, options) for p in params]
+        else:
+            raise ValueError(f"{len(prompts)} prompts need as many params, or one for all; there are {len(params)}")
         outbox: deque[StepOutput] = deque()
-        prepared = [
-            self._prepare(p, self._params(q, options), outbox, streamed=False)
-            for p, q in zip(prompts, each, strict=True)
-        ]
+        prepared = [self._prepare(prompt, p, outbox, streamed=False) for prompt, p in zip(prompts, each, strict=True)]
         outputs: dict[int, RequestOutput] = {}
         bar = tqdm(total=len(prepared), unit="request", delay=2, disable=None if self.config.progress else True)
         try:
