@@ -23,8 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .base_two import LOG2_E
 from .hopper import TYPES, load, multiprocessors
-from .paged_attention import LOG2_E
 
 _QUERIES, _TOKENS = 128, 128
 """Queries and tokens of a tile; each warpgroup has half of the queries."""
@@ -356,7 +356,7 @@ def hopper_prefill(
         query_start,
         context_lens,
         out,
-        scale * LOG2_E,
+        scale * LOG2_E.value,
         heads,
         heads // kv_heads,
         block_table.stride(0),

@@ -66,12 +66,12 @@ def _kernel(
         first + row // 2 + row % 2 * intermediate,
         inside,
         inputs,
-        2 * BLOCK_OUT,
-        BLOCK_IN,
-        0,
-        UNROLL,
-        EVEN,
-        DEPENDENT,
+        BLOCK_OUT=2 * BLOCK_OUT,
+        BLOCK_IN=BLOCK_IN,
+        AHEAD=0,
+        UNROLL=UNROLL,
+        EVEN=EVEN,
+        DEPENDENT=DEPENDENT,
     )
     gate, up = tl.split(tl.reshape(gate_up, [BLOCK_OUT, 2]))
     y = gate / (1 + tl.exp(-gate)) * up

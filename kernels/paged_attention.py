@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from .base_two import LOG2_E
 from .dependent_launch import dependent_launch, has_dependent_launch
 from .flash_attn_limits import needs_flash_attn, refused_by_flash_attn
 from .op import Case, Cost, Implementation, Op, needs_gpu
@@ -55,9 +56,6 @@ def paged_attention_reference(
     grouped = q.view(batch, kv_heads, heads // kv_heads, head_dim)  # the query heads of a KV head: rows of one product
     y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen[:, None, None], scale=scale)
     return torch.where(lengths.unsqueeze(2) > 0, y.reshape_as(q), 0)
-
-
-LOG2_E = 1.4426950408889634
 
 
 def _launch(items: int, bytes_per_head: int) -> dict[str, int]:
@@ -157,7 +155,7 @@ def attend(
         out,
         parts,
         part_lse,
-        scale * LOG2_E,
+        scale * LOG2_E.value,
         batch,
         *q.stride()[:2],
         *k_cache.stride()[:3],

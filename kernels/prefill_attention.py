@@ -14,11 +14,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .base_two import LOG2_E
 from .flash_attn_limits import needs_flash_attn, refused_by_flash_attn
 from .hopper import multiprocessors
 from .hopper_prefill import hopper_prefill, refused_by_hopper
 from .op import Case, Cost, Implementation, Op, needs_gpu
-from .paged_attention import LOG2_E
 from .paged_cache import misfit, random_paged_cache
 from .rotary import fused_qkv
 
@@ -286,7 +286,7 @@ def prefill_on_any_gpu(
         query_start,
         context_lens,
         out,
-        scale * LOG2_E,
+        scale * LOG2_E.value,
         heads,
         heads // kv_heads,
         *q.stride()[:2],

@@ -22,9 +22,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .base_two import LOG2_E
 from .dependent_launch import wait_for_previous
 from .gumbel import exponential, stream_of
-from .sampling_summary import LOG2_E, filters, soonest
+from .sampling_summary import filters, soonest
 
 _INF = tl.constexpr(float("inf"))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .base_two import LOG2_E
 from .dependent_launch import allow_next, wait_for_previous
 from .gumbel import GAMMA, exponential, exponential_at, stream_of, uniform_at
 
 _INF = tl.constexpr(float("inf"))
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .base_two import LOG2_E
 from .dependent_launch import allow_next, dependent_launch, wait_for_previous
 from .op import Case, Cost, Implementation, Op, needs_gpu
 
@@ -20,9 +21,6 @@ def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
     """
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -42,7 +40,7 @@ def _swiglu_kernel(
     tl.debug_barrier()  # without it ptxas loads up where it is used: one latency after the other
     gate = tl.load(gate_row + column, mask=mask, other=0.0).to(tl.float32)
     # exp2 of a product is two instructions; tl.exp scales where it would underflow, which takes three more.
-    y = gate / (1 + tl.exp2(gate * -_LOG2_E)) * up.to(tl.float32)
+    y = gate / (1 + tl.exp2(gate * -LOG2_E)) * up.to(tl.float32)
     tl.store(y_ptr + token * INTERMEDIATE + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

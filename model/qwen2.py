@@ -64,10 +64,10 @@ class Attention(nn.Module):
         sin: torch.Tensor,
         cache: LayerCache,
         where: AttentionMetadata,
-        last_only: bool,
+        last: torch.Tensor | None,
     ) -> torch.Tensor:
-        """x and its norm [tokens, hidden], or None as `norm_ahead` says → [tokens, heads·head_dim], or with last_only
-        a row for each chunk
+        """x and its norm [tokens, hidden], or None as `norm_ahead` says → [tokens, heads·head_dim], or a row for each
+        chunk's token in `last`
         """
         config, kernels = self.config, self.kernels
         heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -90,9 +90,9 @@ class Attention(nn.Module):
                 out = kernels.append_attention(q, k, v, *place, where.block_table, where.context_lens, self.scale)
                 return out.flatten(1)
             q = kernels.rotary_store_kv(q, k, v, *place)
-        if last_only:
-            q = q[where.last_tokens]  # each attends to all of its context, as in a decode
-        if where.is_decode or last_only:
+        if last is not None:
+            q = q[last]  # each attends to all of its context, as in a decode
+        if where.is_decode or last is not None:
             out = kernels.paged_attention(q, k_cache, v_cache, where.block_table, where.context_lens, self.scale)
         else:
             out = kernels.prefill_attention(
@@ -146,17 +146,18 @@ class DecoderLayer(nn.Module):
         cache: LayerCache,
         where: AttentionMetadata,
         next_norm: torch.Tensor | None,
-        last_only: bool = False,
+        last: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [tokens, hidden], the residual stream, with what this layer adds to it, and its norm by next_norm.
 
-        A norm is computed with the sum that it is of, or, where it is None, by the kernel that reads it. With last_only
-        a prefill's keys and values are those of all tokens, and what it returns is of each chunk's last.
+        A norm is computed with the sum that it is of, or, where it is None, by the kernel that reads it. With `last`,
+        where each chunk's last token stands, a prefill's keys and values are those of all tokens, and what it returns
+        is of these alone.
         """
         add, attention, mlp = self.kernels.linear_add_norm, self.attention, self.mlp
-        y = attention(x, normed, cos, sin, cache, where, last_only)
-        if last_only:
-            x = x[where.last_tokens]
+        y = attention(x, normed, cos, sin, cache, where, last)
+        if last is not None:
+            x = x[last]
         x, normed = add(y, attention.o_weight, x, mlp.norm_ahead(len(x)), self.eps)
         return add(mlp(x, normed), mlp.down_weight, x, next_norm, self.eps)
 
@@ -215,8 +216,8 @@ class Qwen2(nn.Module):
         first, *others = (layer.attention.norm_ahead(len(x)) for layer in self.layers)
         normed = None if first is None else self.kernels.rms_norm(x, first, self.config.rms_norm_eps)
         for layer, layer_cache, next_norm in zip(self.layers, cache, (*others, self.norm), strict=True):
-            ends = last_only and layer is self.layers[-1]
-            x, normed = layer(x, normed, self.cos, self.sin, layer_cache, where, next_norm, ends)
+            last = where.last_tokens if last_only and layer is self.layers[-1] else None
+            x, normed = layer(x, normed, self.cos, self.sin, layer_cache, where, next_norm, last)
         return normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

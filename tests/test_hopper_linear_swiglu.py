@@ -14,6 +14,7 @@ from microvllm.kernels.op import Case
 from microvllm.kernels.swiglu import swiglu
 
 from .gluon_emulator import emulate, plant
+from .gpu.sanitize import LARGER
 
 CASES = [
     Case(tokens=70, intermediate=145, inputs=512),  # two tiles of the weight, one column in the last
@@ -75,6 +76,15 @@ WEIGHT = half(2 * 18944, 512)
 def test_what_it_takes(hopper, rows):
     for dtype in (torch.float16, torch.bfloat16):
         assert refused_by_hopper(half(rows, 512).to(dtype), WEIGHT.to(dtype)) is None
+
+
+@pytest.mark.parametrize("case", LARGER["linear_swiglu"], ids=str)
+def test_it_computes_the_cases_that_the_sanitizer_watches_for_its_sake(hopper, monkeypatch, case):
+    seen = []
+    monkeypatch.setattr(linear_swiglu, "hopper_linear_swiglu", lambda x, weight: seen.append(len(x)))
+    tokens, intermediate, inputs = case.sizes.values()
+    skinny_linear_swiglu(half(tokens, inputs), half(2 * intermediate, inputs))
+    assert seen == [tokens]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from microvllm.kernels.origin import device_name
 from microvllm.kernels.report import Report
 from microvllm.kernels.rms_norm import rms_norm_reference
 
-from .test_check import ATTENTION, HALF, NORM, ROWS, SINGLE, TEXTS, error_raised, judge, nan_in_one_place, norm
+from .planted_kernels import ATTENTION, HALF, NORM, ROWS, SINGLE, TEXTS, error_raised, judge, nan_in_one_place, norm
 
 
 class TestReport:
