@@ -243,7 +243,7 @@ def _time(sweep: Sweep, case: Case) -> list[tuple[float, Launch]]:
     """The candidates' times in µs, the fastest first."""
     device = torch.device("cuda", torch.cuda.current_device())
     cost = sweep.op.cost(**case.sizes, itemsize=2)
-    # As many as `bench.kernels` takes: over the fewest that outlast the L2, long products are faster than in a model.
+    # As many as `bench.kernels` takes: over the fewest that outlast the L2, long products are faster.
     first = _inputs(sweep.op, case, 0)
     count = count_sets(first, cost, measure_roof(device), device)
     sets = [first, *(_inputs(sweep.op, case, seed) for seed in range(1, count))]
