@@ -153,7 +153,7 @@ class AsyncEngine:
         try:
             for prompt in prompts:
                 requests = await self._in_encoder(self._prepare, prompt, params)
-                stream.prompts.append(requests[0].prompt)
+                stream.prompts.append(list(requests[0].seq.token_ids))
                 stream.requests += requests
             self._check_open()
         except BaseException:
@@ -252,7 +252,7 @@ class AsyncEngine:
 
     def _prepare(self, prompt: Prompt, params: Sequence[SamplingParams]) -> list[Request]:
         prompt_ids = self.engine.encode(prompt)
-        return [self.engine.prepare(prompt_ids, each) for each in params]
+        return [self.engine.prepare(prompt, each, prompt_ids=prompt_ids) for each in params]
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         if self.engine.tokenizer is None:

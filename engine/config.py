@@ -61,13 +61,20 @@ class EngineConfig:
         self._integer("interleaved_prefill_tokens", 1)
         self._integer("block_size", 16, 256)
         self._integer("seed", -math.inf)
-        for name in ("max_model_len", "num_blocks"):
-            if getattr(self, name) is not None:
-                self._integer(name, 1)
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization} must be over 0 and at most 1")
-        if not self.age_bound >= 0:
-            raise ValueError(f"age_bound={self.age_bound} must be at least 0 seconds")
+        if self.max_model_len is not None:
+            self._integer("max_model_len", 2)  # a token to read and one to write
+        if self.num_blocks is not None:
+            self._integer("num_blocks", 1)
+        if not (_is_number(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):
+            raise ValueError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization!r} must be a number over 0 and at most 1"
+            )
+        if not (_is_number(self.age_bound) and self.age_bound >= 0):
+            raise ValueError(f"age_bound={self.age_bound!r} must be a number of at least 0 seconds")
+        self._one_of("enable_prefix_caching", (True, False))
+        self._one_of("async_scheduling", (True, False, None))
+        self._one_of("enforce_eager", (True, False))
+        self._one_of("progress", (True, False))
         self._one_of("dtype", ("auto", *DTYPES))
         self._one_of("load_format", ("auto", "dummy"))
         if self.alignment_window is not None:
@@ -82,7 +89,7 @@ class EngineConfig:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(self.device)
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             device = None
         if device is None or device.type not in ("cuda", "cpu"):
             raise ValueError(f"device={self.device!r} must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
@@ -106,6 +113,10 @@ class EngineConfig:
             )
             raise ValueError(f"{name}={value!r} must be {allowed}")
 
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+    def _one_of(self, name: str, allowed: tuple[str | bool | None, ...]) -> None:
         if getattr(self, name) not in allowed:
-            raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+            raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, allowed))}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -13,12 +13,13 @@ class Detokenizer:
     Bytes that do not complete a UTF-8 character wait for the next token, and are dropped at the end. Text that may turn
     out to begin a stop string waits too.
 
-    stop: strings that end the text; none of them is shown
+    stop:     strings that end the text; none of them is shown
+    goes_on:  whether it goes on from another text, so that a space at its beginning lies between the two
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, goes_on: bool = False):
         self._token_bytes = tokenizer.token_bytes
-        self._strip_space = tokenizer.strips_leading_space
+        self._strip_space = tokenizer.strips_leading_space and not goes_on
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = stop
         self._held = ""

@@ -33,7 +33,7 @@ from .kv_cache import allocate_cache, num_blocks_that_fit
 from .model_graph import ModelGraphRunner
 from .model_runner import ModelRunner, Step
 from .outputs import Generations, RequestOutput, StepOutput, Timings, Usage
-from .prompt import Prompt, encode, one_or_several
+from .prompt import Prompt, encode, is_chat, one_or_several
 from .scheduler import Scheduler
 from .sequence import Sequence, Status
 from .stats import EngineStats
@@ -78,6 +78,8 @@ class InferenceEngine:
             raise ValueError(
                 f"max_model_len={self.max_model_len} must be at most the model's {checkpoint.config.max_length}"
             )
+        if not isinstance(kernels, KernelSet | None):
+            raise ValueError(f"kernels={kernels!r} must be a KernelSet, such as KernelSet.default().replace(…)")
         self.kernels = kernels or KernelSet.default(device)
         dtype = config.resolve_dtype(checkpoint.config.dtype, device)
         self.tokenizer = checkpoint.tokenizer()
@@ -210,7 +212,8 @@ class InferenceEngine:
         self.add(request)
         try:
             while True:
-                for event in self._drain(outbox):
+                while outbox:  # others may step the engine, and add to it, while the caller has what was yielded
+                    event = outbox.popleft()
                     if event.token_id is not None:
                         yield event.token_id, event.text
                     if event.output is not None:
@@ -227,12 +230,21 @@ class InferenceEngine:
         """Takes a request in and returns its id; ValueError where it cannot be served."""
         return self.add(self.prepare(prompt, params, **options))
 
-    def prepare(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Request:
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        prompt_ids: list[int] | None = None,
+        **options: Any,
+    ) -> Request:
         """A request that has been checked and not yet begun; ValueError where it cannot be served.
 
         Encoding a long prompt takes a while: this, and `encode`, may be called in another thread than the steps.
+
+        prompt_ids: what `encode` has given for the prompt, where it was called
         """
-        return self._prepare(prompt, self._params(params, options), self._outbox)
+        return self._prepare(prompt, self._params(params, options), self._outbox, prompt_ids=prompt_ids)
 
     def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
         """The prompt's token ids; ValueError where it is no prompt, or clearly too long a text.
@@ -283,14 +295,21 @@ class InferenceEngine:
         return params
 
     def _prepare(
-        self, prompt: Prompt, params: SamplingParams, outbox: deque[StepOutput], *, streamed: bool = True
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        outbox: deque[StepOutput],
+        *,
+        prompt_ids: list[int] | None = None,
+        streamed: bool = True,
     ) -> Request:
         """A request that has been checked and not yet begun."""
         vocab_size = self.model_config.vocab_size
         params.check_tokens(vocab_size)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs a tokenizer, and this checkpoint has none")
-        prompt_ids = self.encode(prompt)
+        if prompt_ids is None:
+            prompt_ids = self.encode(prompt)
         if not prompt_ids:
             raise ValueError(f"prompt {prompt!r} is empty: it has no tokens")
         if len(prompt_ids) >= self.max_model_len:
@@ -315,7 +334,8 @@ class InferenceEngine:
             grammar=None if params.json_schema is None else self.grammars.begin(params.json_schema),
         )
         self.scheduler.check(seq)
-        return Request(prompt, seq, self.tokenizer and Detokenizer(self.tokenizer, params.stop), outbox)
+        detokenizer = self.tokenizer and Detokenizer(self.tokenizer, params.stop, goes_on=not is_chat(prompt))
+        return Request(prompt, seq, detokenizer, outbox)
 
     def _step(self) -> None:
         with self.its_gpu():

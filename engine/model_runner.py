@@ -168,5 +168,8 @@ def _follow(seqs: Row[Sequence], previous: Step | None) -> None:
     for seq in constrained:
         pending = [newest[seq.id]] if seq.num_pending else []
         if pending != [-1]:  # that one has ended
-            # Most often one token: a long text is not copied in every step.
-            seq.grammar.follow(seq.token_ids[seq.num_prompt + seq.grammar.num_followed :] + pending)
+            followed = seq.grammar.num_followed
+            # Most often one token: a long text is not copied in every step. A launch that was interrupted, and is
+            # made again, has followed the pending one too.
+            unfollowed = seq.token_ids[seq.num_prompt + followed :] + pending[max(0, followed - seq.num_generated) :]
+            seq.grammar.follow(unfollowed)

@@ -8,6 +8,10 @@ Prompt = str | list[int] | list[dict]
 """A text, its token ids, or a chat: [{"role": "user", "content": "…"}, …]."""
 
 
+def is_chat(prompt: Prompt) -> bool:
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], dict)
+
+
 def one_or_several(prompts: Prompt | list[Prompt]) -> list[Prompt]:
     """The prompts as a list, where there may be one; ValueError for what is neither."""
     if not isinstance(prompts, (str, list, tuple)):
@@ -23,7 +27,7 @@ def encode(
 
     add_special_tokens: whether a text's tokens come after those that the model's texts begin with
     """
-    if isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], dict)):
+    if isinstance(prompt, (list, tuple)) and not is_chat(prompt):
         return list(prompt)
     if not isinstance(prompt, (str, list, tuple)):
         raise ValueError(f"a prompt is a text, a list of token ids or a chat, not {prompt!r}")

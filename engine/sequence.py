@@ -113,6 +113,11 @@ class Sequence:
         if self.finish_reason != "error":
             return None
         of_grammar = self.grammar.error if self.grammar is not None else None
+        if of_grammar is None and self.grammar is not None and self.params.min_tokens:
+            return (
+                "the model's logits were not numbers (NaN or infinite), or the schema allowed nothing but a stop token "
+                f"before min_tokens={self.params.min_tokens}"
+            )
         return of_grammar or "the model's logits were not numbers (NaN or infinite)"
 
     def __repr__(self) -> str:

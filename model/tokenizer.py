@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import tokenizers
 
 from . import gguf_tokenizer
@@ -113,7 +112,7 @@ class Tokenizer:
                 _require_unicode(text, f"a message's {field}")
         try:
             return self._fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program, and may fail in any way
             raise ValueError(f"the model's chat template refuses the messages: {error}") from error
 
     def decode(self, ids: Iterable[int]) -> str:

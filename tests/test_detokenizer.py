@@ -160,6 +160,7 @@ class TestCharacters:
         tokenizer = Words("", " a", " b")
         tokenizer.strips_leading_space = True
         assert stream(Detokenizer(tokenizer), [0, 1, 2, 1])[0] == ["", "a", " b", " a", ""]
+        assert stream(Detokenizer(tokenizer, goes_on=True), [0, 1, 2, 1])[0] == ["", " a", " b", " a", ""]
 
 
 class TestStop:

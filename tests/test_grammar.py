@@ -282,6 +282,25 @@ class TestEngine:
         assert output.finish_reason == "length"
         assert told == [[], *([token] for token in output.token_ids[:-1])]
 
+    def test_a_launch_that_is_interrupted_is_made_again(self, either, monkeypatch):
+        options = {"json_schema": SCHEMAS[0], "max_tokens": 20}
+        (whole,) = either.generate("hello", **options)
+        stream = either.stream_generate("hello", **options)
+        pairs = [next(stream), next(stream)]
+        launch = either.runner.launch
+
+        def interrupted(*args):
+            launch(*args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(either.runner, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            either.generate("b", max_tokens=2)
+        monkeypatch.setattr(either.runner, "launch", launch)
+        pairs += stream
+        assert [token for token, _ in pairs] == whole.token_ids
+        assert_at_rest(either)
+
     def test_it_can_be_aborted_and_streamed(self, either):
         options = {"json_schema": SCHEMAS[0], "max_tokens": 40}
         (whole,) = either.generate("hello", **options)
@@ -298,6 +317,9 @@ class TestEngine:
         (brace,) = engine.tokenizer.encode("{")
         stopped = engine.generate("hello", json_schema={"type": "object"}, stop_token_ids=[brace])[0]
         assert (stopped.finish_reason, stopped.token_ids, stopped.text) == ("stop", [brace], "")
+        options = {"json_schema": {"type": "object"}, "stop_token_ids": [brace], "min_tokens": 5}
+        nothing = engine.generate("hello", **options)[0]
+        assert nothing.finish_reason == "error" and "nothing but a stop token before min_tokens=5" in nothing.error
 
     def test_log_probabilities_are_the_models(self, engine):
         (output,) = engine.generate("hello", json_schema={"const": "no"}, logprobs=1, max_tokens=20)

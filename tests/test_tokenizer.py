@@ -149,11 +149,13 @@ def test_refuses_lone_surrogates(text):
         ([{"role": "user", "content": None}], "a message's content must be a string, and it is NoneType"),
         ([{"role": 1, "content": ""}], "a message's role must be a string, and it is int"),
         ([{"role": "robot", "content": ""}], "the model's chat template refuses the messages: no robots"),
+        ([{"role": "zero", "content": ""}], "the model's chat template refuses the messages: integer division"),
     ],
 )
 def test_refuses_malformed_messages(messages, message):
     template = (
-        "{% if messages[0].role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}{{ messages[0].content }}"
+        "{% if messages[0].role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+        "{% if messages[0].role == 'zero' %}{{ 1 // 0 }}{% endif %}{{ messages[0].content }}"
     )
     tokenizer = from_metadata("gpt-2", **{"chat_template": template})
     assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "Hi"}])) == "Hi"

@@ -61,12 +61,12 @@ class _Answer:
         for index, output in enumerate(outputs):
             self._usage.add(index, output)
             text = self._echoed(index) + (output.text if self._generated else "")
-            choices.append(self._choice(index, text, self._logprobs(index, output), output.finish_reason))
+            choices.append(self._choice(index, text, self._logprobs(index, output), self._reason(output)))
         return Completion(**self._head, choices=choices, usage=self._usage.body())
 
     async def events(self) -> AsyncIterator[bytes]:
         count = len(self._stream.prompts) * self._n
-        writers = [CompletionLogprobsWriter(self._tokenizer) for _ in range(count)]
+        writers = [CompletionLogprobsWriter(self._tokenizer, from_prompt=False) for _ in range(count)]
         unseen = set(range(count))
         nothing = {"usage": None} if self._body.wants_usage else {}
         async for events in sound_events(self._stream):
@@ -74,7 +74,7 @@ class _Answer:
             for index, event in events:
                 if event.output is not None:
                     self._usage.add(index, event.output)
-                reason = None if event.output is None else event.output.finish_reason
+                reason = self._reason(event.output)
                 text = event.text if self._generated else ""
                 if index in unseen:
                     unseen.remove(index)
@@ -89,6 +89,12 @@ class _Answer:
     @staticmethod
     def _choice(index: int, text: str, logprobs: CompletionLogprobs | None, reason: str | None) -> CompletionChoice:
         return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
+
+    def _reason(self, output: RequestOutput | None) -> str | None:
+        """Of what is shown; the token that an echo generates may be a text's last one."""
+        if output is None or self._generated or output.finish_reason != "stop":
+            return output and output.finish_reason
+        return "length"
 
     def _echoed(self, index: int) -> str:
         if not self._body.echo:
@@ -106,7 +112,7 @@ class _Answer:
         if self._body.echo:
             token_ids = self._stream.prompts[index // self._n] + token_ids
             entries = output.prompt_logprobs + entries
-        return CompletionLogprobsWriter(self._tokenizer).write(token_ids, entries)
+        return CompletionLogprobsWriter(self._tokenizer, from_prompt=self._body.echo).write(token_ids, entries)
 
     def _token_logprobs(self, writer: CompletionLogprobsWriter, event: StepOutput) -> CompletionLogprobs | None:
         if self._body.logprobs is None or event.logprobs is None:

@@ -32,11 +32,15 @@ def _likeliest(entry: Logprobs) -> list[tuple[int, float]]:
 
 
 class CompletionLogprobsWriter:
-    """Writes those of one text, in pieces; where a token begins is counted in characters from the text's beginning."""
+    """Writes those of one text, in pieces; where a token begins is counted in characters from the text's beginning.
 
-    def __init__(self, tokenizer: Tokenizer | None):
+    from_prompt: whether the text begins with the prompt, and not behind it
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, *, from_prompt: bool):
         self._tokenizer = tokenizer
         self._offset = 0
+        self._strip_space = tokenizer is not None and tokenizer.strips_leading_space and from_prompt
 
     def write(self, token_ids: Iterable[int], entries: Iterable[Logprobs | None]) -> CompletionLogprobs:
         """None stands for a token that nothing predicts."""
@@ -47,8 +51,11 @@ class CompletionLogprobsWriter:
             written.token_logprobs.append(None if entry is None else entry.logprob)
             written.top_logprobs.append(None if entry is None else self._top(entry))
             if self._tokenizer is not None:
+                shown = self._tokenizer.token_bytes(token_id)
+                if self._strip_space and shown:
+                    shown, self._strip_space = shown.removeprefix(b" "), False
                 # The bytes that begin a character of UTF-8.
-                self._offset += sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(token_id))
+                self._offset += sum(byte & 0xC0 != 0x80 for byte in shown)
         return written
 
     def _top(self, entry: Logprobs) -> dict[str, float]:

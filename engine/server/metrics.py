@@ -87,7 +87,8 @@ class Metrics:
         self._success[output.finish_reason].inc()
         self._prompt_length.observe(usage.prompt_tokens)
         self._answer_length.observe(usage.completion_tokens)
-        self._limit.observe(stream.requests[index].seq.params.max_tokens)
+        seq = stream.requests[index].seq
+        self._limit.observe(seq.max_length - seq.num_prompt)  # max_tokens may be anything beyond it
         self._choices.observe(len(stream.requests) // len(stream.prompts))
         if timings.to_first_step is None:
             return

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import gc
 import logging
+import math
 import signal
 import socket
 import sys
@@ -55,6 +56,7 @@ def serve(options: argparse.Namespace) -> int:
 
     ValueError says what is wrong with the model or an option.
     """
+    _check(options)
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     # asyncio sets TCP_NODELAY only where the protocol is named; without it a token may wait 40 ms for the one before.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
@@ -87,6 +89,16 @@ def _cannot_listen(options: argparse.Namespace, error: OSError | OverflowError) 
     reason = error.strerror if isinstance(error, OSError) else error
     print(f"micro-vllm: cannot listen at {options.host}:{options.port}: {reason}", file=sys.stderr)
     return 1
+
+
+def _check(options: argparse.Namespace) -> None:
+    """ValueError for numbers that the engine does not know by the options' names."""
+    for option in ("max_num_seqs", "max_num_batched_tokens"):
+        value = getattr(options, option)
+        if value < 1:
+            raise ValueError(f"--{option.replace('_', '-')} {value} must be at least 1")
+    if not 0 <= options.shutdown_timeout < math.inf:
+        raise ValueError(f"--shutdown-timeout {options.shutdown_timeout:g} must be at least 0 seconds and finite")
 
 
 def _server(options: argparse.Namespace, listener: socket.socket) -> Server:

@@ -40,6 +40,16 @@ class TestStream:
         turns = list(zip(*streams, strict=True))
         assert [list(pairs) for pairs in zip(*turns, strict=True)] == alone
 
+    def test_others_may_step_it_to_its_end(self, engine):
+        alone = list(engine.stream_generate("hello", max_tokens=3))
+        stream = engine.stream_generate("hello", max_tokens=3)
+        first = next(stream)
+        engine.generate("b", max_tokens=20)
+        assert [first, *stream] == alone
+        pairs = [engine.stream_generate(prompt, max_tokens=4) for prompt in ("a", "b")]
+        assert len(list(zip(*pairs, strict=False))) == 4 and not list(pairs[1])
+        assert_at_rest(engine)
+
     def test_a_failing_request_raises(self, folder):
         engine = make_engine(folder)
         poison(engine, 7)

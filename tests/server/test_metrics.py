@@ -113,6 +113,15 @@ def test_requests_are_counted_once_each(fresh):
     assert seconds["request_decode_time"] == pytest.approx(6 * seconds["request_time_per_output_token"])
 
 
+def test_a_limit_beyond_any_text_counts_as_what_the_text_may_have(fresh):
+    body = '{"prompt": "hello", "n": 3, "ignore_eos": true, "max_tokens": 1' + 400 * "0" + "}"
+    answer = fresh.client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 200
+    assert value(fresh, "request_success_total", finished_reason="length") == 3
+    assert value(fresh, "request_params_n_count") == 3
+    assert value(fresh, "request_params_max_tokens_sum") == 3 * (fresh.engine.max_model_len - 5)
+
+
 def test_a_request_that_never_ran_has_no_times_of_running(make_engine):
     engine = make_engine(max_batch_size=1)
     with serving(engine) as server:

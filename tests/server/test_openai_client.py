@@ -187,6 +187,8 @@ class TestCompletions:
         assert answer.usage.completion_tokens == 0
         ids = engine.tokenizer.encode(PROMPT)
         assert complete(ids, echo=True, max_tokens=0).choices[0].text == PROMPT
+        (choice,) = complete(echo=True, max_tokens=0, logit_bias={"2": 100}).choices  # the end of the text
+        assert (choice.text, choice.finish_reason) == (PROMPT, "length")
 
     def test_a_stream_is_one_event_a_token_and_joins_to_the_text(self, complete):
         whole = complete([PROMPT, "One"], n=2, logprobs=1).choices

@@ -113,8 +113,11 @@ def test_an_unknown_flag_is_an_error(folder, capsys, flag):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--max-num-seqs", "0"], "max_batch_size=0 must be an integer of at least 1"),
-        (["--max-num-batched-tokens", "0"], "max_prefill_tokens=0 must be"),
+        (["--max-num-seqs", "0"], "--max-num-seqs 0 must be at least 1"),
+        (["--max-num-batched-tokens", "0"], "--max-num-batched-tokens 0 must be at least 1"),
+        (["--shutdown-timeout", "-1"], "--shutdown-timeout -1 must be at least 0 seconds and finite"),
+        (["--shutdown-timeout", "inf"], "--shutdown-timeout inf must be at least 0 seconds and finite"),
+        (["--shutdown-timeout", "nan"], "--shutdown-timeout nan must be at least 0 seconds and finite"),
         (["--gpu-memory-utilization", "2"], "gpu_memory_utilization=2.0 must be"),
         (["--block-size", "8"], "block_size=8 must be an integer from 16 to 256"),
         (["--max-model-len", "129"], "max_model_len=129 must be at most the model's 128"),
