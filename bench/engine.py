@@ -150,6 +150,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     ways.add_argument("--draw", action="store_true", help="measure nothing; draw the pictures of bench/results again")
     add("--running", type=int, help="with --policies: requests that run at once; default: 64")
     options = parser.parse_args(arguments)
+    for name in ("requests", "prompt", "tokens", "rounds", "running"):
+        given = getattr(options, name)
+        if given is not None and min(given if isinstance(given, list) else [given]) < 1:
+            parser.error(f"--{name} {given} must be at least 1")
     if options.cases is not None and options.requests:
         parser.error("--cases are named workloads and --requests others: give one of the two")
     if options.peer and (options.policies or options.gap or options.profile):

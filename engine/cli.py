@@ -43,7 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="micro-vllm",
         description="A small, fast LLM inference engine whose GPU kernels can be swapped one at a time.",
-        epilog='First steps:  micro-vllm generate --chat "What is a GPU?"   micro-vllm chat   micro-vllm info smollm2',
+        epilog="\n  ".join(
+            [
+                "first steps:",
+                'micro-vllm generate --chat "What is a GPU?"',
+                "micro-vllm chat",
+                "micro-vllm info smollm2",
+            ]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

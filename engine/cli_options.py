@@ -100,7 +100,13 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)")
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     add("--served-model-name", nargs="+", metavar="NAME", help="what clients call the model (default: MODEL)")
-    add("--api-key", nargs="+", default=[], metavar="KEY", help="clients must send one of them, except to /health")
+    add(
+        "--api-key",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="clients must send one of them, except to /health and for the page at / itself",
+    )
     add(
         "--allowed-origins",
         nargs="+",

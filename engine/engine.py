@@ -81,6 +81,7 @@ class InferenceEngine:
         if not isinstance(kernels, KernelSet | None):
             raise ValueError(f"kernels={kernels!r} must be a KernelSet, such as KernelSet.default().replace(…)")
         self.kernels = kernels or KernelSet.default(device)
+        self.kernels.check_device(device)
         dtype = config.resolve_dtype(checkpoint.config.dtype, device)
         self.tokenizer = checkpoint.tokenizer()
         model = load_model(
@@ -113,8 +114,9 @@ class InferenceEngine:
     def with_kernels(self, kernels: KernelSet, *, enforce_eager: bool | None = None) -> InferenceEngine:
         """Another engine with the same options on the same weights, which take no memory again; its cache does.
 
-        ValueError for kernels that read a weight in another layout than this engine's.
+        ValueError for kernels that cannot run on its device or read a weight in another layout than this engine's.
         """
+        kernels.check_device(self.device)
         other = copy.copy(self)
         other.kernels = kernels
         if enforce_eager is not None:

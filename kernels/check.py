@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .op import Case, Implementation, Op, needs_gpu
+from .op import Case, Implementation, Op
 from .origin import device_name
 from .poison import PoisonedAllocations, bounds_kept, copy_amid_poison, is_poison, moved_to, poison
 from .report import (
@@ -71,9 +70,7 @@ def check(
     default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(device or default)
     implementation = op.choose(kernel) if isinstance(kernel, str) else Implementation(kernel)
-    reason = implementation.unavailable(device)
-    interpreted = implementation.unavailable is needs_gpu and os.environ.get("TRITON_INTERPRET") == "1"
-    if reason is not None and not interpreted:
+    if (reason := implementation.refusal(device)) is not None:
         raise ValueError(f"{op.name}: implementation {kernel!r} cannot run on {device}: {reason}")
     if cases is None:
         cases = op.cases + (op.large_cases if device.type == "cuda" else ())

@@ -176,6 +176,15 @@ class KernelSet:
                 raise ValueError(f"{op}={swap!r} is neither an implementation's name nor a callable")
         return KernelSet(chosen)
 
+    def check_device(self, device: torch.device) -> None:
+        """ValueError where an implementation that is chosen cannot run on `device`."""
+        for op, (name, implementation) in self._chosen.items():
+            if implementation is not None and (reason := implementation.refusal(device)) is not None:
+                raise ValueError(
+                    f"{op}={name!r} cannot run on {device}: {reason}; choose another, such as "
+                    f"{op}={OPS[op].default(device)!r}"
+                )
+
     def wrapped(self, wrap: Callable[[str, Callable], Callable]) -> KernelSet:
         """The same implementations, each called through wrap(its operator's name, its function)."""
 

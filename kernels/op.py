@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,6 +50,11 @@ class Implementation:
     refuses: Callable[..., str | None] | None = None
     most_rows: int | None = None
     unfit: str | None = None
+
+    def refusal(self, device: torch.device) -> str | None:
+        """As `unavailable`, but where Triton's interpreter is on, which runs Triton kernels on a CPU."""
+        interpreted = self.unavailable is needs_gpu and os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else self.unavailable(device)
 
 
 @dataclass(frozen=True, init=False)

@@ -201,6 +201,8 @@ class TestCommand:
         [
             (["--cases", "35", "two"], "there is no case 'two'; there are: 1, 1-sampled"),
             (["--cases", "1", "--requests", "1"], "give one of the two"),
+            (["--requests", "1", "0"], "--requests [1, 0] must be at least 1"),
+            (["--rounds", "0"], "--rounds 0 must be at least 1"),
             (["--policies", "--peer", "vllm"], "take no --peer"),
             (["--startup", "--peer", "transformers"], "no peer but vllm"),
             (["--peer", "transformers", "--load-format", "dummy"], "random weights would differ"),

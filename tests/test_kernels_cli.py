@@ -156,6 +156,10 @@ class TestCheck:
             "--case rows=3 must read SIZE=VALUE; the sizes of ",
         ),
         (["check", "reference", "--op", "rms_norm", "--case", "tokens=3"], "--case tokens=3 lacks hidden"),
+        (
+            ["check", "reference", "--op", "rms_norm", "--case", "tokens=-3", "hidden=8"],
+            "--case tokens=-3: tokens must be an integer of at least 0",
+        ),
         (["compare"], "compare needs at least one --kernel"),
         (["compare", "--kernel", "rms_norm"], "--kernel rms_norm must read OP=NAME or OP=FILE.py:FUNCTION"),
         (["compare", "--kernel", "norm=triton"], "there is no operator 'norm'"),

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -73,7 +74,13 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_html(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with pictures, all in one file")
+    parser.add_argument("--html", type=_page_path, metavar="FILE", help="write a report with pictures, all in one file")
+
+
+def _page_path(text: str) -> Path:
+    if find_spec("matplotlib") is None:  # said before all the work, not behind it
+        raise argparse.ArgumentTypeError('its pictures need matplotlib: pip install "micro-vllm[bench]"')
+    return Path(text)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -174,10 +181,7 @@ def _finish(title: str, findings: list[Finding] | Callable[[], list[Finding]], h
         return 1
     print("\n\n".join(map(str, findings)))
     if html is not None:
-        try:
-            html.write_text(page(title, findings))
-        except ModuleNotFoundError as error:
-            raise ValueError(f"--html: {error}") from error
+        html.write_text(page(title, findings))
         print(html)
     return 1 if any(finding.table().ok is False for finding in findings) else 0
 
@@ -214,7 +218,10 @@ def _cases(options: argparse.Namespace) -> list[Case] | None:
             name, equals, value = word.partition("=")
             if not equals or name not in known:
                 raise ValueError(f"--case {word} must read SIZE=VALUE; the sizes of {options.op}: {', '.join(known)}")
-            sizes[name] = _value(value)
+            size = sizes[name] = _value(value)
+            is_integer = str(parameters[name].annotation).startswith("int")
+            if is_integer and (not isinstance(size, int) or size < 0):
+                raise ValueError(f"--case {word}: {name} must be an integer of at least 0")
         if missing := [name for name in needed if name not in sizes]:
             raise ValueError(f"--case {' '.join(words)} lacks {', '.join(missing)}")
         cases.append(Case(**sizes))

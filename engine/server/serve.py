@@ -97,6 +97,8 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, option)
         if value < 1:
             raise ValueError(f"--{option.replace('_', '-')} {value} must be at least 1")
+    if "" in options.api_key:
+        raise ValueError("--api-key '' is empty: anybody could send it")
     if not 0 <= options.shutdown_timeout < math.inf:
         raise ValueError(f"--shutdown-timeout {options.shutdown_timeout:g} must be at least 0 seconds and finite")
 

@@ -6,7 +6,7 @@ import math
 import shutil
 
 import pytest
-from microvllm import SamplingParams
+from microvllm import KernelSet, SamplingParams
 
 from ..small_engine import assert_at_rest, finish, ids
 from ..small_models import MAX_LENGTH, VOCAB_SIZE
@@ -111,6 +111,11 @@ class TestBadInput:
             ({"async_scheduling": "x"}, "async_scheduling='x' must be one of True, False, None"),
             ({"device": None}, "device=None must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
             ({"kernels": "triton"}, "kernels='triton' must be a KernelSet"),
+            (
+                {"kernels": KernelSet.default("cpu").replace(prefill_attention="flash_attn")},
+                "prefill_attention='flash_attn' cannot run on cpu: flash-attn needs a CUDA GPU; choose another, such "
+                "as prefill_attention='reference'",
+            ),
             ({"age_bound": None}, "age_bound=None must be a number of at least 0"),
             ({"age_bound": -1}, "age_bound=-1 must be a number of at least 0"),
             ({"age_bound": math.nan}, "age_bound=nan must be a number of at least 0"),

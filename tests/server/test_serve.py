@@ -115,6 +115,7 @@ def test_an_unknown_flag_is_an_error(folder, capsys, flag):
     [
         (["--max-num-seqs", "0"], "--max-num-seqs 0 must be at least 1"),
         (["--max-num-batched-tokens", "0"], "--max-num-batched-tokens 0 must be at least 1"),
+        (["--api-key", "a", ""], "--api-key '' is empty"),
         (["--shutdown-timeout", "-1"], "--shutdown-timeout -1 must be at least 0 seconds and finite"),
         (["--shutdown-timeout", "inf"], "--shutdown-timeout inf must be at least 0 seconds and finite"),
         (["--shutdown-timeout", "nan"], "--shutdown-timeout nan must be at least 0 seconds and finite"),
