@@ -92,7 +92,7 @@ def _cannot_listen(options: argparse.Namespace, error: OSError | OverflowError) 
 
 
 def _check(options: argparse.Namespace) -> None:
-    """ValueError for numbers that the engine does not know by the options' names."""
+    """ValueError for what the engine does not check, or knows by another name."""
     for option in ("max_num_seqs", "max_num_batched_tokens"):
         value = getattr(options, option)
         if value < 1:
