@@ -59,17 +59,12 @@ def quick_page(open_page, server):
 def asked(slow_server, monkeypatch):
     """→ the (chat, SamplingParams) of each request so far"""
     asked, engine = [], slow_server.engine
-    chats, encode, prepare = [], engine.encode, engine.prepare
+    prepare = engine.prepare
 
-    def record_chat(prompt):
-        chats.append(prompt)
-        return encode(prompt)
+    def record(prompt, params, **options):
+        asked.append((prompt, params))
+        return prepare(prompt, params, **options)
 
-    def record(prompt, params):
-        asked.append((chats[-1], params))
-        return prepare(prompt, params)
-
-    monkeypatch.setattr(engine, "encode", record_chat)
     monkeypatch.setattr(engine, "prepare", record)
     return asked
 
