@@ -78,10 +78,7 @@ class InferenceEngine:
             raise ValueError(
                 f"max_model_len={self.max_model_len} must be at most the model's {checkpoint.config.max_length}"
             )
-        if not isinstance(kernels, KernelSet | None):
-            raise ValueError(f"kernels={kernels!r} must be a KernelSet, such as KernelSet.default().replace(…)")
-        self.kernels = kernels or KernelSet.default(device)
-        self.kernels.check_device(device)
+        self.kernels = self._usable(KernelSet.default(device) if kernels is None else kernels)
         dtype = config.resolve_dtype(checkpoint.config.dtype, device)
         self.tokenizer = checkpoint.tokenizer()
         model = load_model(
@@ -116,14 +113,20 @@ class InferenceEngine:
 
         ValueError for kernels that cannot run on its device or read a weight in another layout than this engine's.
         """
-        kernels.check_device(self.device)
         other = copy.copy(self)
-        other.kernels = kernels
+        other.kernels = self._usable(kernels)
         if enforce_eager is not None:
             other.config = replace(self.config, enforce_eager=enforce_eager)
         with self.its_gpu():
             other._assemble(self.runner.model.with_kernels(kernels))
         return other
+
+    def _usable(self, kernels: KernelSet) -> KernelSet:
+        """The same; ValueError where it is no KernelSet, or one that cannot run on the engine's device."""
+        if not isinstance(kernels, KernelSet):
+            raise ValueError(f"kernels={kernels!r} must be a KernelSet, such as KernelSet.default().replace(…)")
+        kernels.check_device(self.device)
+        return kernels
 
     def its_gpu(self) -> AbstractContextManager:
         """Makes the engine's GPU the current one, on which Triton launches; nothing on a CPU."""

@@ -70,7 +70,7 @@ def check(
     default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(device or default)
     implementation = op.choose(kernel) if isinstance(kernel, str) else Implementation(kernel)
-    if (reason := implementation.refusal(device)) is not None:
+    if (reason := implementation.cannot_run(device)) is not None:
         raise ValueError(f"{op.name}: implementation {kernel!r} cannot run on {device}: {reason}")
     if cases is None:
         cases = op.cases + (op.large_cases if device.type == "cuda" else ())

@@ -179,7 +179,7 @@ class KernelSet:
     def check_device(self, device: torch.device) -> None:
         """ValueError where an implementation that is chosen cannot run on `device`."""
         for op, (name, implementation) in self._chosen.items():
-            if implementation is not None and (reason := implementation.refusal(device)) is not None:
+            if implementation is not None and (reason := implementation.cannot_run(device)) is not None:
                 raise ValueError(
                     f"{op}={name!r} cannot run on {device}: {reason}; choose another, such as "
                     f"{op}={OPS[op].default(device)!r}"

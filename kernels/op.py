@@ -51,7 +51,7 @@ class Implementation:
     most_rows: int | None = None
     unfit: str | None = None
 
-    def refusal(self, device: torch.device) -> str | None:
+    def cannot_run(self, device: torch.device) -> str | None:
         """As `unavailable`, but where Triton's interpreter is on, which runs Triton kernels on a CPU."""
         interpreted = self.unavailable is needs_gpu and os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else self.unavailable(device)

@@ -128,3 +128,10 @@ class TestBadInput:
     def test_the_engines_own_options(self, folder, options, message):
         with pytest.raises(ValueError, match=message):
             make_engine(folder, **options)
+
+    def test_kernels_of_another_engine(self, engine):
+        with pytest.raises(ValueError, match="kernels='triton' must be a KernelSet"):
+            engine.with_kernels("triton")
+        elsewhere = engine.kernels.replace(prefill_attention="flash_attn")
+        with pytest.raises(ValueError, match="prefill_attention='flash_attn' cannot run on cpu"):
+            engine.with_kernels(elsewhere)
