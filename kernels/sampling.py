@@ -96,8 +96,8 @@ def _launch(vocab: int) -> dict[str, dict[str, int]]:
 
     They are no function of how many rows there are: sums then round alike in every batch.
 
-    A list is ranked by comparing each token with each, so one twice as long takes four times as long. WANTED is meant
-    to hold the nucleus of a peaked distribution; where it does not, four times as many are listed.
+    A list of up to RANKED tokens is ranked by comparing each with each, so one twice as long takes four times as long.
+    WANTED is meant to hold the nucleus of a peaked distribution; where it does not, four times as many are listed.
     """
     chunk = max(512, triton.next_power_of_2(vocab) // 64)
     group = max(32, triton.next_power_of_2(vocab) // 8192)
@@ -105,7 +105,7 @@ def _launch(vocab: int) -> dict[str, dict[str, int]]:
     return {
         "both": {"GROUP": group},
         "summarize": {"CHUNK": chunk, "STEP": 256 * warps, "VECTOR": 8, "num_warps": warps},
-        "draw": {"WANTED": 64, "LISTED_GROUPS": 512, "LISTED": 512, "BLOCK": 4096, "num_warps": 16},
+        "draw": {"WANTED": 64, "RANKED": 512, "LISTED": 2048, "BLOCK": 4096, "num_warps": 16},
     }
 
 
@@ -170,7 +170,7 @@ def top_k_top_p_sample(
         workspace(num_groups, torch.float32),  # group_max
     )
     lists = (
-        workspace(draw["LISTED_GROUPS"], torch.int32),  # group_list
+        workspace(draw["LISTED"], torch.int32),  # group_list
         workspace(draw["LISTED"], torch.int32),  # token_list
         workspace(draw["LISTED"], torch.float32),  # score_list
     )

@@ -7,8 +7,8 @@ sum and the largest logit of each group of neighbours.
 `draw_kernel` has one program for each row. Where the row is greedy or has no filter, it compares the chunks' winners.
 Else it lists the likeliest tokens: the w-th largest of the groups' maxima is a bound that at least w tokens reach, and
 whatever reaches it sits in a group whose maximum does, so only those groups are read again. The tokens listed, a
-hundred or so, are ranked by comparing each with each. Where the filters may keep tokens that are not listed, passes
-over the row find the draw.
+hundred or so, are ranked by comparing each with each. Where they are many, passes over the list find the draw, and
+where the filters may keep tokens that are not listed, passes over the row.
 
 The score of a token is (logit − largest logit) / temperature, as in the reference. A token ranks before another if its
 score is larger, or equal and its id smaller; what a filter keeps are the first tokens in this order. The Gumbel noise
@@ -82,7 +82,7 @@ def draw_kernel(
     CHUNKS: tl.constexpr,
     GROUPS: tl.constexpr,
     WANTED: tl.constexpr,
-    LISTED_GROUPS: tl.constexpr,
+    RANKED: tl.constexpr,
     LISTED: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
@@ -90,10 +90,11 @@ def draw_kernel(
 ):
     """One program of LANES threads for each row.
 
-    CHUNKS, GROUPS:         how many a row has, rounded up to powers of two; GROUPS and BLOCK are LANES or more
-    WANTED:                 how many tokens are listed, at least, where top_k does not say
-    LISTED_GROUPS, LISTED:  how many groups and tokens can be listed
-    BLOCK:                  logits of the row that are worked on at a time
+    CHUNKS, GROUPS:  how many a row has, rounded up to powers of two; GROUPS and BLOCK are LANES or more
+    WANTED:          how many tokens are listed, at least, where top_k does not say
+    RANKED:          how many tokens are ranked, at most
+    LISTED:          how many groups, and tokens, can be listed
+    BLOCK:           logits of the row that are worked on at a time
     """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, CHUNKS)
@@ -114,7 +115,7 @@ def draw_kernel(
     drawn = tl.full((), -1, tl.int32)
     if tl.abs(largest) < _INF:
         if filtered:
-            group_list_ptr += row * LISTED_GROUPS
+            group_list_ptr += row * LISTED
             token_list_ptr += row * LISTED
             score_list_ptr += row * LISTED
             total = tl.full((), 0.0, tl.float32)
@@ -124,11 +125,11 @@ def draw_kernel(
             wanted = tl.where(k <= LISTED // 2, k, WANTED)
             while (drawn < 0) & (wanted <= LISTED // 2):
                 bound, reach, num_reaching = _bound(
-                    chunk_max_ptr + row * num_chunks, num_chunks, chunk_max, group_max, largest, wanted, CHUNKS, LISTED
+                    chunk_max_ptr + row * num_chunks, num_chunks, chunk_max, group_max, largest, wanted, CHUNKS, RANKED
                 )
                 least = _score(bound, largest, temperature)
                 count = tl.full((), LISTED + 1, tl.int32)
-                if num_reaching <= LISTED_GROUPS:
+                if num_reaching <= LISTED:
                     tl.debug_barrier()  # the lists before these have been read
                     number, _ = _enumerate(group_max >= reach)
                     tl.store(group_list_ptr + number, group, mask=group_max >= reach)
@@ -149,17 +150,46 @@ def draw_kernel(
                         LANES,
                     )
                     tl.debug_barrier()
-                if count <= LISTED // 4:
-                    drawn = _draw_listed(
-                        token_list_ptr, score_list_ptr, count, vocab, least, total, k, p, floor, stream, LISTED // 4
-                    )
-                elif count <= LISTED:
-                    drawn = _draw_listed(
-                        token_list_ptr, score_list_ptr, count, vocab, least, total, k, p, floor, stream, LISTED
-                    )
-                wanted *= 4
+                mass = tl.full((), 0.0, tl.float32)
+                if (k >= vocab) & (p < 1):
+                    i = tl.arange(0, LISTED)
+                    mass = tl.sum(_exp(tl.load(score_list_ptr + i, mask=i < count, other=-_INF)))
+                # The filters keep the first tokens by rank, and the first are those listed. None is kept beyond them,
+                # and the mass that top-p takes its share of is known, if
+                # - the top k are listed, or all that have a probability: the mass is that of the k first listed; or
+                # - top-k is off, so that the mass is the row's, and the tokens listed have top-p's share of it, so that
+                #   it drops whatever ranks after them; or
+                # - min-p drops whatever has a score below `least`, and top-p is off or top-k is, as before.
+                top_k_listed = (k <= count) | (least == -_INF)
+                top_p_listed = (k >= vocab) & (p < 1) & (mass >= p * total)
+                min_p_listed = (floor >= least) & ((k >= vocab) | (p >= 1))
+                if (count <= LISTED) & (top_k_listed | top_p_listed | min_p_listed):
+                    lists = (token_list_ptr, score_list_ptr)
+                    if count <= RANKED // 4:
+                        drawn = _draw_ranked(lists, count, vocab, top_k_listed, total, k, p, floor, stream, RANKED // 4)
+                    elif count <= RANKED:
+                        drawn = _draw_ranked(lists, count, vocab, top_k_listed, total, k, p, floor, stream, RANKED)
+                    else:
+                        drawn = _search(
+                            logits_ptr,
+                            token_list_ptr,
+                            count,
+                            vocab,
+                            largest,
+                            temperature,
+                            total,
+                            k,
+                            p,
+                            floor,
+                            stream,
+                            LISTED,
+                        )
+                # A longer list is too long as well; or what it would add to the mass, each with less than `least`, is
+                # too little for top-p.
+                too_little = (k >= vocab) & (p < 1) & (mass + LISTED * _exp(least) < p * total)
+                wanted = tl.where((count > LISTED) | too_little, LISTED, wanted * 4)
             if drawn < 0:
-                drawn = _search(logits_ptr, vocab, largest, temperature, total, k, p, floor, stream, BLOCK)
+                drawn = _search(logits_ptr, None, vocab, vocab, largest, temperature, total, k, p, floor, stream, BLOCK)
         elif temperature > 0:
             score = _scores(logits_ptr, winner, vocab, largest, temperature)
             drawn, _ = soonest(exponential(stream, winner) * _exp(-score), winner)
@@ -170,7 +200,7 @@ def draw_kernel(
 
 @triton.jit
 def _bound(
-    chunk_max_ptr, num_chunks, chunk_max, group_max, largest, wanted, CHUNKS: tl.constexpr, LISTED: tl.constexpr
+    chunk_max_ptr, num_chunks, chunk_max, group_max, largest, wanted, CHUNKS: tl.constexpr, RANKED: tl.constexpr
 ):
     """(bound, reach, how many groups reach it): a logit that `wanted` tokens have or exceed, and not many more.
 
@@ -191,7 +221,7 @@ def _bound(
         bound = tl.where(_count(group_max >= bound) >= wanted, bound, -_INF)
     reach = _reach(bound, largest)
     num_groups = _count(group_max >= reach)
-    enough = tl.maximum(wanted * 3 // 2, 3 * LISTED // 16)
+    enough = tl.maximum(wanted * 3 // 2, 3 * RANKED // 16)
     if num_groups > enough:
         low = _ordered(bound).to(tl.int64)  # wanted groups have it or exceed it, or it is −inf
         high = _ordered(largest).to(tl.int64) + 1  # less than wanted do
@@ -270,22 +300,19 @@ def _list(
 
 
 @triton.jit
-def _draw_listed(token_list_ptr, score_list_ptr, count, vocab, least, total, k, p, floor, stream, LISTED: tl.constexpr):
-    """The draw, given all `count` tokens whose score is `least` or more; −1 where the filters may keep others.
+def _draw_ranked(lists, count, vocab, top_k_listed, total, k, p, floor, stream, SIZE: tl.constexpr):
+    """The draw from the `count` tokens listed, each compared with each, given that the filters keep no other.
 
-    The filters keep the first tokens by rank, and the first are those listed. None is kept beyond them, and the mass
-    that top-p takes its share of is known, if
-    - the top k are listed, or all that have a probability (least = −inf): the mass is that of the k first listed; or
-    - top-k is off, so that the mass is the row's, and the tokens listed have top-p's share of it, so that it drops
-      whatever ranks after them; or
-    - min-p drops whatever has a score below `least`, and top-p is off or top-k is, as before.
+    top_k_listed:  top-p takes its share of the mass of the k first listed, not of the row's, which is `total`
+    SIZE:          `count` or more
     """
-    i = tl.arange(0, LISTED)
+    token_list_ptr, score_list_ptr = lists
+    i = tl.arange(0, SIZE)
     score = tl.load(score_list_ptr + i, mask=i < count, other=-_INF)
     token = tl.load(token_list_ptr + i, mask=i < count, other=vocab)
-    step: tl.constexpr = 4096 // LISTED if LISTED > 128 else 32
-    ranks = tl.zeros((step, LISTED), tl.int32)
-    masses = tl.zeros((step, LISTED), tl.float32)
+    step: tl.constexpr = 4096 // SIZE if SIZE > 128 else 32
+    ranks = tl.zeros((step, SIZE), tl.int32)
+    masses = tl.zeros((step, SIZE), tl.float32)
     for start in range(0, count, step):
         j = start + tl.arange(0, step)
         other = tl.load(score_list_ptr + j, mask=j < count, other=-_INF)
@@ -296,35 +323,39 @@ def _draw_listed(token_list_ptr, score_list_ptr, count, vocab, least, total, k, 
         masses += tl.where(before, _exp(other)[:, None], 0.0)
     rank = tl.sum(ranks, axis=0)
     mass_before = tl.sum(masses, axis=0)
-
-    mass = tl.sum(tl.where(rank < k, _exp(score), 0.0))
-    top_k_listed = (k <= count) | (least == -_INF)
-    top_p_listed = (k >= vocab) & (p < 1) & (mass >= p * total)
-    min_p_listed = (floor >= least) & ((k >= vocab) | (p >= 1))
-    share = tl.where(p < 1, p * tl.where(top_k_listed, mass, total), _INF)
+    mass = tl.where(top_k_listed, tl.sum(tl.where(rank < k, _exp(score), 0.0)), total)
+    share = tl.where(p < 1, p * mass, _INF)
     kept = (rank < k) & (score >= floor) & ((mass_before < share) | (rank == 0))
     first, _ = soonest(tl.where(kept, exponential(stream, token) * _exp(-score), _INF), token)
-    return tl.where(top_k_listed | top_p_listed | min_p_listed, first, -1)
+    return first
 
 
 @triton.jit
-def _search(logits_ptr, vocab, largest, temperature, total, k, p, floor, stream, BLOCK: tl.constexpr):
-    """The draw by passes over the row: who wins the race of all tokens is drawn if the filters keep it.
+def _entries(logits_ptr, list_ptr, i, size, vocab, largest, temperature):
+    """(tokens, scores) of a list, or without one of the row; past the end, scores are −inf."""
+    token = i if list_ptr is None else tl.load(list_ptr + i, mask=i < size, other=vocab)
+    return token, _scores(logits_ptr, token, vocab, largest, temperature)
+
+
+@triton.jit
+def _search(logits_ptr, list_ptr, size, vocab, largest, temperature, total, k, p, floor, stream, BLOCK: tl.constexpr):
+    """The draw by passes over the `size` tokens of a list that holds whatever the filters keep, or over the row's: who
+    wins the race of all tokens is drawn if the filters keep it.
 
     If they do not, they keep nothing that ranks after it either, and those that rank before it race again: each time
     about half of what is too much drops out.
     """
     if (k < vocab) & (p < 1):
-        total = _mass_of_top(logits_ptr, vocab, largest, temperature, k, BLOCK)
+        total = _mass_of_top(logits_ptr, list_ptr, size, vocab, largest, temperature, k, BLOCK)
     winner = tl.full((), 0, tl.int32) + vocab  # ranks after all
     its_score = tl.full((), -_INF, tl.float32)
     searching = True
     while searching:
         best = tl.full((BLOCK,), _INF, tl.float32)
         best_token = tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, vocab, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            score = _scores(logits_ptr, token, vocab, largest, temperature)
+        for start in range(0, size, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            token, score = _entries(logits_ptr, list_ptr, i, size, vocab, largest, temperature)
             before = (score > its_score) | ((score == its_score) & (token < winner))
             time = exponential(stream, token) * _exp(-score)
             better = before & (score >= floor) & (time < best)
@@ -336,9 +367,9 @@ def _search(logits_ptr, vocab, largest, temperature, total, k, p, floor, stream,
         if (k < vocab) | (p < 1):
             ranks = tl.zeros((BLOCK,), tl.int32)
             masses = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, vocab, BLOCK):
-                token = start + tl.arange(0, BLOCK)
-                score = _scores(logits_ptr, token, vocab, largest, temperature)
+            for start in range(0, size, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                token, score = _entries(logits_ptr, list_ptr, i, size, vocab, largest, temperature)
                 before = (score > its_score) | ((score == its_score) & (token < winner))
                 ranks += before.to(tl.int32)
                 masses += tl.where(before, _exp(score), 0.0)
@@ -349,8 +380,8 @@ def _search(logits_ptr, vocab, largest, temperature, total, k, p, floor, stream,
 
 
 @triton.jit
-def _mass_of_top(logits_ptr, vocab, largest, temperature, k, BLOCK: tl.constexpr):
-    """Σ exp(score) over the first k tokens, by bisection for the k-th largest score."""
+def _mass_of_top(logits_ptr, list_ptr, size, vocab, largest, temperature, k, BLOCK: tl.constexpr):
+    """Σ exp(score) over the first k of these tokens, by bisection for the k-th largest score."""
     low = _ordered(tl.full((), -_INF, tl.float32)).to(tl.int64)  # more than k tokens score this or more
     high = _ordered(tl.full((), 0.0, tl.float32)).to(tl.int64) + 1  # `count` ≤ k do, with a mass of `mass`
     count = tl.full((), 0, tl.int32)
@@ -360,8 +391,9 @@ def _mass_of_top(logits_ptr, vocab, largest, temperature, k, BLOCK: tl.constexpr
         bound = _from_ordered(middle.to(tl.int32))
         counts = tl.zeros((BLOCK,), tl.int32)
         masses = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            score = _scores(logits_ptr, start + tl.arange(0, BLOCK), vocab, largest, temperature)
+        for start in range(0, size, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            _, score = _entries(logits_ptr, list_ptr, i, size, vocab, largest, temperature)
             counts += (score >= bound).to(tl.int32)
             masses += tl.where(score >= bound, _exp(score), 0.0)
         reaching = tl.sum(counts)

@@ -28,13 +28,13 @@ LISTED = 16
 SMALL = {
     "both": {"GROUP": 4},
     "summarize": {"CHUNK": 32, "STEP": 8, "VECTOR": 2, "num_warps": 1},
-    "draw": {"WANTED": 2, "LISTED_GROUPS": 16, "LISTED": LISTED, "BLOCK": 64, "num_warps": 1},
+    "draw": {"WANTED": 2, "RANKED": LISTED, "LISTED": LISTED, "BLOCK": 64, "num_warps": 1},
 }
 
 
 @pytest.fixture
 def ways(monkeypatch) -> Counter:
-    """How often each part of the kernel ran, with the small constants; a refusal is a list that did not suffice."""
+    """How often each part of the kernel ran, with the small constants."""
     counts = Counter()
 
     def count(module, name):
@@ -42,9 +42,7 @@ def ways(monkeypatch) -> Counter:
 
         def counted(*args):
             result = function(*args)
-            counts[name.strip("_")] += 1
-            if name == "_draw_listed":
-                counts["refusal"] += int(result.handle.data.item() < 0)
+            counts["search_of_list" if name == "_search" and args[1] is not None else name.strip("_")] += 1
             if name == "_list":
                 counts["too long"] += int(result.handle.data.item() > LISTED)
             return result
@@ -52,10 +50,17 @@ def ways(monkeypatch) -> Counter:
         monkeypatch.setattr(module, name, counted)
 
     count(sampling_summary, "_race_in_full")
-    for name in ("_list", "_draw_listed", "_search", "_mass_of_top"):
+    for name in ("_list", "_draw_ranked", "_search", "_mass_of_top"):
         count(sampling_draw, name)
     monkeypatch.setattr(sampling, "_launch", lambda *sizes: SMALL)
     return counts
+
+
+@pytest.fixture
+def long(ways, monkeypatch) -> Counter:
+    """As `ways`, with lists four times as long, of which the longer ones are searched."""
+    monkeypatch.setattr(sampling, "_launch", lambda *sizes: SMALL | {"draw": SMALL["draw"] | {"LISTED": 4 * LISTED}})
+    return ways
 
 
 def column(values: list, dtype: torch.dtype) -> torch.Tensor:
@@ -101,7 +106,9 @@ SHAPES = {
 
 
 class TestEveryWay:
-    def test_random_rows_draw_what_the_reference_draws(self, ways):
+    @pytest.mark.parametrize("lists, last", [("ways", "mass_of_top"), ("long", "search_of_list")])
+    def test_random_rows_draw_what_the_reference_draws(self, lists, last, request):
+        ways = request.getfixturevalue(lists)
         generator = random.Random(0)
         for trial, shape in enumerate(SHAPES.values()):
             for vocab in (generator.randint(1, 60), generator.randint(61, 200)):
@@ -119,8 +126,9 @@ class TestEveryWay:
                 seeds = some(-(1 << 63), -1, 0, 7, (1 << 63) - 1, dtype=torch.int64)
                 temperature = some(0.0, 1e-40, 1e-3, 0.7, 1.0, 1.0, 1.7, 30.0)
                 assert_same([logits, temperature, *filters, seeds, torch.arange(4)])
-        for way in ("draw_listed", "refusal", "too long", "search", "mass_of_top"):
+        for way in ("draw_ranked", "too long", "search", last):
             assert ways[way] >= 5, (way, ways)
+        assert ways["list"] - ways["draw_ranked"] - ways["search_of_list"] >= 5  # lists that did not suffice
 
     def test_rows_of_all_kinds_share_a_batch_and_nothing_else(self, ways):
         logits = normal(6, 100)
@@ -173,7 +181,7 @@ class TestList:
         logits = torch.full((8, 200), -20.0)
         logits[:, 3:200:25] = torch.linspace(1, 2, 8)
         assert_same(arguments(logits, top_p=0.9))
-        assert ways["refusal"] == 8 and not ways["search"]
+        assert ways["list"] == 16 and ways["draw_ranked"] == 8 and not ways["search"]
 
     def test_tokens_that_crowd_in_one_chunk_are_listed(self, ways):
         logits = normal(6, 300)
@@ -189,6 +197,32 @@ class TestList:
     def test_min_p_alone_suffices(self, ways):
         assert_same(arguments(SHAPES["peaked"](normal(6, 300)), min_p=0.5))
         assert not ways["search"]
+
+
+class TestLongList:
+    @pytest.mark.parametrize("top_k", [17, 20])
+    @pytest.mark.parametrize("shape", ["flat", "ties"])
+    def test_many_top_k_are_searched_in_the_list(self, shape, top_k, long):
+        assert_same(arguments(SHAPES[shape](normal(6, 300)), temperature=2.0, top_k=top_k, top_p=0.9, min_p=0.01))
+        assert long["search_of_list"] == long["list"] == 6 and not long["search"]
+
+    def test_of_equals_the_first_stay(self, long):
+        logits = torch.full((12, 300), -9.0)
+        logits[:, 7::15] = 1.0
+        logits[:, 100] = 2.0
+        drawn = assert_same(arguments(logits, temperature=50.0, top_k=15, top_p=0.99))
+        assert set(drawn) <= {100, *range(7, 7 + 14 * 15, 15)}
+        assert long["search_of_list"] == 12 and not long["search"]
+
+    def test_a_nucleus_of_many(self, long):
+        logits = torch.full((6, 300), -20.0)
+        logits[:, 3::8] = torch.linspace(1, 2, 38)
+        assert_same(arguments(logits, top_p=0.8))
+        assert long["search_of_list"] == 6 and not long["search"]
+
+    def test_what_a_longer_list_could_not_hold_is_not_listed(self, long):
+        assert_same(arguments(normal(6, 3000), top_p=0.9))
+        assert long["search"] == long["list"] == 6
 
 
 class TestTies:
