@@ -25,11 +25,12 @@ from .rotary import fused_qkv
 REFERENCE_SCORES = 1 << 27
 """Scores that the reference holds at once; in float64 they take a GiB."""
 
-HOPPER_FROM = {64: (2049, 256), 128: (513, 64)}
+HOPPER_FROM = {64: (1536, 1536), 128: (384, 96)}
 """By head size, the tokens of all chunks together, and of a chunk on average, from which on the Hopper kernel computes
 them: its tiles have 128 queries, of which short chunks leave most empty. `python -m bench.kernels prefill_attention`
 times both kernels on either side of it. The longest chunk does not count: a captured prefill allows for one of all its
-tokens, and shall have the bits of the same one uncaptured."""
+tokens, and shall have the bits of the same one uncaptured. Nor does a cached prefix, with which the Hopper kernel gains
+from fewer tokens on."""
 
 
 def prefill_attention_reference(
