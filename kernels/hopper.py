@@ -5,11 +5,14 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
-"""A copy by TMA, named otherwise before Triton 3.9."""
+store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
+"""Copies by TMA, named otherwise before Triton 3.9."""
 
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -20,3 +23,30 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def refused_product(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why TMA and wgmma do not take x [tokens, in] and weight [out, in] on x's device; None where they do."""
+    if x.dtype not in TYPES or weight.dtype != x.dtype:
+        return f"the Hopper kernel computes in float16 and bfloat16, not in {x.dtype} and {weight.dtype}"
+    for tensor in (x, weight):
+        if tensor.stride(1) != 1 or tensor.data_ptr() % 16 or tensor.stride(0) * tensor.element_size() % 16:
+            return "the Hopper kernel wants rows that are contiguous and aligned to 16 bytes"
+    if not multiprocessors(x.device):
+        return f"the Hopper kernel is for GPUs of compute capability 9.0, not for {x.device}"
+    return None
+
+
+def boxes(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A tensor [rows, columns] for TMA to move in boxes of so many of both."""
+    box = [rows, columns]
+    return TensorDescriptor.from_tensor(tensor, box, gl.NVMMASharedLayout.get_default_for(box, TYPES[tensor.dtype]))
+
+
+@gluon.jit
+def silu_times_up(acc):
+    """silu(gate) · up of acc, whose left half are gates and whose right half their ups; a pair is in one thread."""
+    M: gl.constexpr = acc.shape[0]
+    N: gl.constexpr = acc.shape[1] // 2
+    gate, up = acc.reshape([M, 2, N]).permute([0, 2, 1]).split()
+    return gate / (1 + gl.exp(-gate)) * up

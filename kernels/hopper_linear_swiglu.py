@@ -31,10 +31,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .hopper import TYPES, load, multiprocessors
+from .hopper import boxes, load, multiprocessors, refused_product, silu_times_up
 
 _INPUTS = 64
 """Of a step: 128 bytes, the swizzle that wgmma reads fastest."""
@@ -73,19 +72,13 @@ def refused_by_hopper(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     (rows, inputs), intermediate = x.shape, len(weight) // 2
     if not 0 < rows <= MOST_ROWS:
         return f"the Hopper kernel is for 1 to {MOST_ROWS} tokens, not {rows}"
-    if x.dtype not in TYPES or weight.dtype != x.dtype:
-        return f"the Hopper kernel computes in float16 and bfloat16, not in {x.dtype} and {weight.dtype}"
     if inputs % _INPUTS or inputs < _LEAST_INPUTS:
         return f"the Hopper kernel takes inputs in multiples of {_INPUTS} from {_LEAST_INPUTS} on, not {inputs}"
-    for tensor in (x, weight):
-        if tensor.stride(1) != 1 or tensor.data_ptr() % 16 or tensor.stride(0) * tensor.element_size() % 16:
-            return "the Hopper kernel wants rows that are contiguous and aligned to 16 bytes"
+    if words := refused_product(x, weight):
+        return words
     count = multiprocessors(x.device)
-    if not count:
-        return f"the Hopper kernel is for GPUs of compute capability 9.0, not for {x.device}"
-    if not keeps_busy(rows, intermediate, count):
-        return f"{intermediate} columns do not keep {count} multiprocessors busy"
-    return None
+    busy = keeps_busy(rows, intermediate, count)
+    return None if busy else f"{intermediate} columns do not keep {count} multiprocessors busy"
 
 
 @gluon.jit
@@ -101,7 +94,7 @@ def _fetch_weights(wide_desc, narrow_desc, wide, narrow, ready, tile, column, in
 
 
 @gluon.jit
-def _produce(descs, memory, barriers, tiles, intermediate, steps, DEPENDENT: gl.constexpr):
+def _produce(descs, memory, barriers, tiles, intermediate, steps):
     """The warp that fetches. Weights do not depend on the kernel before: its first stages of them precede the wait."""
     x_desc, wide_desc, narrow_desc = descs
     x_smem, wide_smem, narrow_smem = memory
@@ -117,8 +110,7 @@ def _produce(descs, memory, barriers, tiles, intermediate, steps, DEPENDENT: gl.
         narrow = narrow_smem.index(stage)
         mbarrier.expect(bar, BYTES)
         _fetch_weights(wide_desc, narrow_desc, wide, narrow, bar, tile, stage * STEP, intermediate)
-    if DEPENDENT:
-        gdc_wait()
+    gdc_wait()
     for stage in gl.static_range(STAGES):
         load(x_desc, [0, stage * STEP], ready.index(stage), x_smem.index(stage))
     step = STAGES
@@ -144,14 +136,10 @@ def _produce(descs, memory, barriers, tiles, intermediate, steps, DEPENDENT: gl.
 
 @gluon.jit
 def _store_swiglu(y_ptr, acc, column, rows, intermediate):
-    """silu(gate) · up of a part, whose gates are in the left half of acc; all of a pair is in one thread."""
-    M: gl.constexpr = acc.shape[0]
-    N: gl.constexpr = acc.shape[1] // 2
-    gate, up = acc.reshape([M, 2, N]).permute([0, 2, 1]).split()
-    y = gate / (1 + gl.exp(-gate)) * up
+    y = silu_times_up(acc)
     layout: gl.constexpr = y.type.layout
-    row = gl.arange(0, M, gl.SliceLayout(1, layout))
-    column += gl.arange(0, N, gl.SliceLayout(0, layout))
+    row = gl.arange(0, y.shape[0], gl.SliceLayout(1, layout))
+    column += gl.arange(0, y.shape[1], gl.SliceLayout(0, layout))
     inside = (row < rows)[:, None] & (column < intermediate)[None, :]
     gl.store(y_ptr + row[:, None] * intermediate + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -203,10 +191,8 @@ def _hopper_linear_swiglu_kernel(
     intermediate,
     steps,
     STAGES: gl.constexpr,
-    DEPENDENT: gl.constexpr,
 ):
-    if DEPENDENT:
-        gdc_launch_dependents()
+    gdc_launch_dependents()
     dtype: gl.constexpr = x_desc.dtype
     M: gl.constexpr = x_desc.block_type.shape[0]
     STEP: gl.constexpr = x_desc.block_type.shape[1]
@@ -227,7 +213,7 @@ def _hopper_linear_swiglu_kernel(
     gl.warp_specialize(
         [
             (_consume, (y_ptr, memory, barriers, tiles, rows, intermediate, steps)),
-            (_produce, (descs, memory, barriers, tiles, intermediate, steps, DEPENDENT)),
+            (_produce, (descs, memory, barriers, tiles, intermediate, steps)),
         ],
         [1],
         [24],  # registers a thread; the warpgroups have what it leaves
@@ -244,21 +230,15 @@ def hopper_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     tiles = triton.cdiv(intermediate, sum(tile.gates))
     programs = min(tiles, multiprocessors(x.device))
     y = torch.empty(rows, intermediate, dtype=x.dtype, device=x.device)
-
-    def boxes(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-        box = [rows, _INPUTS]
-        return TensorDescriptor.from_tensor(tensor, box, gl.NVMMASharedLayout.get_default_for(box, TYPES[x.dtype]))
-
     _hopper_linear_swiglu_kernel[(programs,)](
-        boxes(x, tile.rows),
-        *(boxes(weight, gates) for gates in tile.gates),
+        boxes(x, tile.rows, _INPUTS),
+        *(boxes(weight, gates, _INPUTS) for gates in tile.gates),
         y,
         tiles,
         rows,
         intermediate,
         inputs // _INPUTS,
         STAGES=tile.stages,
-        DEPENDENT=True,
         launch_pdl=True,
         num_warps=tile.rows // 16,
         maxnreg=168,  # for 384 threads, the fetching warp being rounded up to four: all that a multiprocessor has

@@ -12,6 +12,7 @@ import triton.language as tl
 from . import linear
 from .dependent_launch import allow_next, dependent_launch, wait_for_previous
 from .hopper_linear_swiglu import MOST_ROWS, hopper_linear_swiglu, refused_by_hopper
+from .hopper_prefill_linear_swiglu import hopper_prefill_linear_swiglu, refused_by_hopper_prefill
 from .linear import check_product, linear_reference, skinny_linear
 from .op import Case, Cost, Implementation, Op, needs_gpu
 from .skinny_kernels import prefetch
@@ -92,6 +93,9 @@ FEW_ROWS = 64
 HOPPER_ROWS = range(33, MOST_ROWS + 1)
 """Where the kernel for Hopper is the fastest, for the sizes that it takes: `python -m bench.kernels linear_swiglu`."""
 
+HOPPER_PREFILL_FROM = 640
+"""From so many rows on the one for a prefill is, where it keeps the GPU busy; with fewer, cuBLAS and SwiGLU are."""
+
 
 def _launch(rows: int, intermediate: int, inputs: int) -> dict[str, int]:
     """A tile of BLOCK_OUT gates and as many ups, and AHEAD as for `linear`. `python -m bench.tune linear_swiglu` sweeps
@@ -103,21 +107,15 @@ def _launch(rows: int, intermediate: int, inputs: int) -> dict[str, int]:
     return {"BLOCK_OUT": 64, "BLOCK_IN": block_in, "AHEAD": 0, "STAGES": stages, "num_warps": 4}
 
 
-def _refuse_rows(*, x: torch.Tensor, **rest: Any) -> str | None:
-    return None if len(x) <= MOST_ROWS else f"it is for {MOST_ROWS} tokens at most, not {len(x)}"
+def fused_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As `linear_swiglu_reference` in one launch, in float32 to the end and rounded once: for up to 64 tokens, and for
+    more where a Hopper kernel takes them (`refused_by_hopper`, `refused_by_hopper_prefill`). Else it is `skinny_linear`
+    and then `swiglu`.
 
-
-def skinny_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As `linear_swiglu_reference` for up to 128 tokens: up to 64 in one launch, and more as well where the Hopper
-    kernel takes them (`refused_by_hopper`), in float32 to the end and rounded once. Other products of more than 64 are
-    `skinny_linear`, most of them therefore cuBLAS's, and then `swiglu`.
-
-    Equal inputs give equal bits. ValueError for more tokens, for an odd number of outputs, for float64, for shapes and
-    dtypes that do not fit each other, and for a last dimension that is not contiguous.
+    Equal inputs give equal bits. ValueError for an odd number of outputs, for float64, for shapes and dtypes that do
+    not fit each other, and for a last dimension that is not contiguous.
     """
     check_product("linear_swiglu", x, weight)
-    if words := _refuse_rows(x=x):
-        raise ValueError(f"linear_swiglu: {words}")
     if len(weight) % 2:
         raise ValueError(f"linear_swiglu: weight is [2·intermediate, in], not {list(weight.shape)}")
     if x.dtype not in OP.dtypes:
@@ -127,7 +125,11 @@ def skinny_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     rows = len(x)
     if rows in HOPPER_ROWS and refused_by_hopper(x, weight) is None:
         return hopper_linear_swiglu(x, weight)
-    return few_rows_linear_swiglu(x, weight) if rows <= FEW_ROWS else swiglu(skinny_linear(x, weight))
+    if rows <= FEW_ROWS:
+        return few_rows_linear_swiglu(x, weight)
+    if rows >= HOPPER_PREFILL_FROM and refused_by_hopper_prefill(x, weight) is None:
+        return hopper_prefill_linear_swiglu(x, weight)
+    return swiglu(skinny_linear(x, weight))
 
 
 def few_rows_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -169,9 +171,7 @@ def cost(tokens: int, intermediate: int, inputs: int, *, itemsize: int) -> Cost:
 OP = Op(
     "linear_swiglu",
     reference=linear_swiglu_reference,
-    implementations={
-        "skinny": Implementation(skinny_linear_swiglu, needs_gpu, refuses=_refuse_rows, most_rows=MOST_ROWS)
-    },
+    implementations={"triton": Implementation(fused_linear_swiglu, needs_gpu)},
     inputs=make_inputs,
     cost=cost,
     cases=(
@@ -181,12 +181,12 @@ OP = Op(
         Case(tokens=35, intermediate=128, inputs=320),
         Case(tokens=64, intermediate=64, inputs=1000),
         Case(tokens=65, intermediate=8, inputs=64),
-        Case(tokens=128, intermediate=3, inputs=40),
+        Case(tokens=130, intermediate=3, inputs=40),
         Case(tokens=0, intermediate=8, inputs=64),
     ),
     large_cases=(
-        *(Case(tokens=tokens, intermediate=18944, inputs=3584) for tokens in (8, 35, 64, 128)),
-        *(Case(tokens=tokens, intermediate=4864, inputs=896) for tokens in (8, 35, 64)),
+        *(Case(tokens=tokens, intermediate=18944, inputs=3584) for tokens in (8, 35, 64, 128, 512, 2048)),
+        *(Case(tokens=tokens, intermediate=4864, inputs=896) for tokens in (8, 35, 64, 2048)),
     ),
     parts=("linear", "swiglu"),
 )

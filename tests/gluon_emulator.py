@@ -1,9 +1,10 @@
 """Runs a module's Gluon kernels for Hopper on a CPU, from their own source: who waits for whom, and what is read when.
 
 Each part of a warp-specialised kernel is a thread; tiles are tensors, layouts are nothing. What runs on its own is as
-unpunctual as the source allows: a copy by TMA spoils its destination at once and arrives when somebody waits for it; a
-product reads its operands when it is waited for, after a pause in which others run on. Shared memory begins as NaN. So
-what is read too early or overwritten too soon gives wrong results, and what waits for nothing raises.
+unpunctual as the source allows: a copy by TMA into shared memory spoils its destination at once and arrives when
+somebody waits for it, one out of it reads when that is waited for; a product reads its operands when it is waited for,
+after a pause in which others run on. Shared memory begins as NaN. So what is read too early or overwritten too soon
+gives wrong results, and what waits for nothing raises.
 
 Not emulated: layouts, registers, fences, whatever the compiler does, the kernels before and after, programs side by
 side. Only what our kernels call is there.
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
+from microvllm.kernels import hopper
 
 PATIENCE = 10.0
 """Seconds of waiting that are taken for a deadlock."""
@@ -31,13 +33,14 @@ _program = SimpleNamespace(id=0, count=1, failures=[])
 
 def emulate(monkeypatch, module: ModuleType, multiprocessors: int) -> None:
     """Has the module's kernels run here, on tensors of the CPU, as on a GPU of so many multiprocessors."""
-    for name, value in vars(module).items():
-        if isinstance(getattr(value, "fn", None), Callable):
-            function = value.fn
-            monkeypatch.setattr(module, name, _Kernel(function) if name.endswith("_kernel") else function)
-    for name, value in (_NAMES | {"multiprocessors": lambda device: multiprocessors}).items():
-        if hasattr(module, name):
-            monkeypatch.setattr(module, name, value)
+    for place in (module, hopper):
+        for name, value in vars(place).items():
+            if isinstance(getattr(value, "fn", None), Callable):
+                function = value.fn
+                monkeypatch.setattr(place, name, _Kernel(function) if name.endswith("_kernel") else function)
+        for name, value in (_NAMES | {"multiprocessors": lambda device: multiprocessors}).items():
+            if hasattr(place, name):
+                monkeypatch.setattr(place, name, value)
 
 
 def plant(right: str, wrong: str, module: ModuleType, folder: Path) -> ModuleType:
@@ -176,6 +179,22 @@ def _load(desc: _Descriptor, corner: list, barrier: _Barrier, tile: _Tile) -> No
     barrier.send(copy)
 
 
+def _store(desc: _Descriptor, corner: list, tile: _Tile) -> None:
+    """Reads the tile when that is waited for."""
+
+    def copy() -> None:
+        box = tuple(slice(int(first), int(first) + size) for first, size in zip(corner, tile.shape, strict=True))
+        inside = desc.base[box]
+        inside.copy_(tile.load()[tuple(map(slice, inside.shape))])
+
+    _thread.stores.append(copy)
+
+
+def _store_wait(pending: int) -> None:
+    while len(_thread.stores) > pending:
+        _thread.stores.pop(0)()
+
+
 class _Descriptor:
     def __init__(self, base: torch.Tensor, shape: list[int]):
         self.base, self.dtype, self.layout = base, base.dtype, None
@@ -210,10 +229,10 @@ def _mma_wait(pending: int, deps: tuple | list):
 
 def _warp_specialize(parts: list[tuple[Callable, tuple]], warps: list[int], registers: list[int]) -> None:
     def run(function: Callable, args: tuple) -> None:
-        _thread.products = []
+        _thread.products, _thread.stores = [], []
         try:
             function(*args)
-            assert not _thread.products, "a product was not waited for"
+            assert not _thread.products and not _thread.stores, "a product or a store was not waited for"
         except BaseException as error:
             _program.failures.append(error)
 
@@ -303,5 +322,8 @@ _NAMES = {
     "gdc_wait": _nothing,
     "TensorDescriptor": SimpleNamespace(from_tensor=lambda base, shape, layout: _Descriptor(base, shape)),
     "load": _load,
+    "store": _store,
+    "tma": SimpleNamespace(store_wait=_store_wait),
+    "boxes": lambda tensor, rows, columns: _Descriptor(tensor, [rows, columns]),
     "_view": lambda shared, dtype, shape, layout: _shared(shared.memory.view(-1), shape),
 }

@@ -126,7 +126,7 @@ def test_triton_kernels_in_the_engine(tmp_path, few_programs):
     The model is a very small one: a program of the interpreter takes 5 ms, and a linear layer has one an output.
     """
     swaps = {name: "triton" for name, op in OPS.items() if "triton" in op.implementations}
-    swaps |= dict.fromkeys(("linear", "linear_add", "linear_add_norm", "linear_swiglu"), "skinny")
+    swaps |= dict.fromkeys(("linear", "linear_add", "linear_add_norm"), "skinny")
     assert set(swaps) == set(OPS)
     save_folder(tmp_path, "qwen3", hidden_size=40, num_attention_heads=6, tie_word_embeddings=True, eos_token_id=None)
     prompts = [list(range(40)), list(range(95, 78, -1))]

@@ -15,7 +15,7 @@ from microvllm.kernels.kernel_set import OPS, STANDALONE
 from microvllm.kernels.op import Case, Op, needs_gpu
 
 OPERATORS = {**OPS, **STANDALONE}
-LARGER = {"linear_swiglu": tuple(Case(tokens=tokens, intermediate=18944, inputs=512) for tokens in (40, 100))}
+LARGER = {"linear_swiglu": tuple(Case(tokens=tokens, intermediate=18944, inputs=512) for tokens in (40, 100, 700))}
 """Cases that a kernel for Hopper takes, where they are too large for the interpreter to be among the small ones."""
 
 

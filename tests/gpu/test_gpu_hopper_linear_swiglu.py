@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from microvllm.kernels.hopper_linear_swiglu import hopper_linear_swiglu, refused_by_hopper
-from microvllm.kernels.linear_swiglu import OP, skinny_linear_swiglu
+from microvllm.kernels.linear_swiglu import OP, fused_linear_swiglu
 from microvllm.kernels.op import Case
 
 pytestmark = pytest.mark.skipif(
@@ -56,8 +56,8 @@ def test_a_graph_computes_the_same_each_time(rows, dtype):
         assert refused_by_hopper(**first) is None
 
     def run() -> torch.Tensor:
-        y = skinny_linear_swiglu(**first)
-        return skinny_linear_swiglu(y[:, :3584], second["weight"])
+        y = fused_linear_swiglu(**first)
+        return fused_linear_swiglu(y[:, :3584], second["weight"])
 
     expected = run()
     graph = torch.cuda.CUDAGraph()
