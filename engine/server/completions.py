@@ -60,13 +60,15 @@ class _Answer:
         choices = []
         for index, output in enumerate(outputs):
             self._usage.add(index, output)
-            text = self._echoed(index) + (output.text if self._generated else "")
-            choices.append(self._choice(index, text, self._logprobs(index, output), self._reason(output)))
+            echoed = self._echoed(index)
+            text = echoed + (output.text if self._generated else "")
+            logprobs = self._logprobs(index, output, len(echoed))
+            choices.append(self._choice(index, text, logprobs, self._reason(output)))
         return Completion(**self._head, choices=choices, usage=self._usage.body())
 
     async def events(self) -> AsyncIterator[bytes]:
         count = len(self._stream.prompts) * self._n
-        writers = [CompletionLogprobsWriter(self._tokenizer, from_prompt=False) for _ in range(count)]
+        writers = [CompletionLogprobsWriter(self._tokenizer) for _ in range(count)]
         unseen = set(range(count))
         nothing = {"usage": None} if self._body.wants_usage else {}
         async for events in sound_events(self._stream):
@@ -104,15 +106,19 @@ class _Answer:
             return prompt
         return self._tokenizer.decode(prompt) if self._tokenizer is not None else ""
 
-    def _logprobs(self, index: int, output: RequestOutput) -> CompletionLogprobs | None:
+    def _logprobs(self, index: int, output: RequestOutput, echoed: int) -> CompletionLogprobs | None:
+        """echoed: characters of the prompt before the generated text"""
         if self._body.logprobs is None:
             return None
-        token_ids = output.token_ids if self._generated else []
-        entries = list(output.logprobs) if self._generated else []
+        shown = None
         if self._body.echo:
-            token_ids = self._stream.prompts[index // self._n] + token_ids
-            entries = output.prompt_logprobs + entries
-        return CompletionLogprobsWriter(self._tokenizer, from_prompt=self._body.echo).write(token_ids, entries)
+            i = index // self._n
+            writer = CompletionLogprobsWriter(self._tokenizer, prompt=self._body.prompt[i])
+            shown = writer.write(self._stream.prompts[i], output.prompt_logprobs)
+        if self._generated:
+            writer = CompletionLogprobsWriter(self._tokenizer, before=echoed)
+            shown = writer.write(output.token_ids, output.logprobs, shown)
+        return shown
 
     def _token_logprobs(self, writer: CompletionLogprobsWriter, event: StepOutput) -> CompletionLogprobs | None:
         if self._body.logprobs is None or event.logprobs is None:

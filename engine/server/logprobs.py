@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable
 
 from ...model.logprobs import Logprobs
@@ -32,31 +33,52 @@ def _likeliest(entry: Logprobs) -> list[tuple[int, float]]:
 
 
 class CompletionLogprobsWriter:
-    """Writes those of one text, in pieces; where a token begins is counted in characters from the text's beginning.
+    """Writes those of one text, in pieces; where a token begins is counted in characters from the answer's beginning.
 
-    from_prompt: whether the text begins with the prompt, and not behind it
+    before:  characters of the answer that come before the text
+    prompt:  what was asked, where the text is its echo
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, *, from_prompt: bool):
+    def __init__(self, tokenizer: Tokenizer | None, *, before: int = 0, prompt: str | list[int] | None = None):
         self._tokenizer = tokenizer
-        self._offset = 0
-        self._strip_space = tokenizer is not None and tokenizer.strips_leading_space and from_prompt
+        self._offset = before
+        self._asked = prompt if isinstance(prompt, str) else ""
+        self._strip_space = tokenizer is not None and tokenizer.strips_leading_space and prompt is not None
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def write(self, token_ids: Iterable[int], entries: Iterable[Logprobs | None]) -> CompletionLogprobs:
-        """None stands for a token that nothing predicts."""
-        written = CompletionLogprobs(text_offset=[], tokens=[], token_logprobs=[], top_logprobs=[])
+    def write(
+        self,
+        token_ids: Iterable[int],
+        entries: Iterable[Logprobs | None],
+        behind: CompletionLogprobs | None = None,
+    ) -> CompletionLogprobs:
+        """None stands for a token that nothing predicts.   behind: what they are added to, and new lists if None"""
+        written = behind or CompletionLogprobs(text_offset=[], tokens=[], token_logprobs=[], top_logprobs=[])
         for token_id, entry in zip(token_ids, entries, strict=True):
-            written.text_offset.append(self._offset)
+            written.text_offset.append(self._pass(token_id))
             written.tokens.append(_token_text(self._tokenizer, token_id))
             written.token_logprobs.append(None if entry is None else entry.logprob)
             written.top_logprobs.append(None if entry is None else self._top(entry))
-            if self._tokenizer is not None:
-                shown = self._tokenizer.token_bytes(token_id)
-                if self._strip_space and shown:
-                    shown, self._strip_space = shown.removeprefix(b" "), False
-                # The bytes that begin a character of UTF-8.
-                self._offset += sum(byte & 0xC0 != 0x80 for byte in shown)
         return written
+
+    def _pass(self, token_id: int) -> int:
+        """Goes on behind the token → where the character is that it begins with or within."""
+        if self._tokenizer is None:
+            return self._offset
+        data = self._tokenizer.token_bytes(token_id)
+        if not data:
+            begin, name = self._offset, self._tokenizer.token_name(token_id)
+            # A text may name a special token; one that the tokenizer has added is not in it.
+            self._offset += len(name) if self._asked.startswith(name, begin) else 0
+            return begin
+        if self._strip_space:
+            data, self._strip_space = data.removeprefix(b" "), False
+        self._offset += len(self._utf8.decode(data[:1]))
+        # The first byte ends the last character, or waits for the rest of the next one.
+        ends = data and not self._utf8.getstate()[0]
+        begin = self._offset - 1 if ends else self._offset
+        self._offset += len(self._utf8.decode(data[1:]))
+        return begin
 
     def _top(self, entry: Logprobs) -> dict[str, float]:
         top: dict[str, float] = {}

@@ -171,6 +171,27 @@ class TestCompletions:
         assert any(token.startswith("bytes:\\x") for token in shown.tokens)
         assert len(shown.tokens) == len(ids) + 1 and shown.text_offset[len(ids)] == len(text)
 
+    def test_the_name_of_a_special_token_counts_where_the_text_has_it(self, complete, engine):
+        (end,) = engine.tokenizer.encode("<|im_end|>")
+        text, ids = "Hi<|im_end|>you", engine.tokenizer.encode("Hi<|im_end|>you")
+        assert ids[1] == end and len(ids) == 3
+        (choice,) = complete(text, echo=True, logprobs=0, max_tokens=1).choices
+        assert choice.logprobs.text_offset == [0, 2, 12, 15] and choice.text.startswith(text)
+        (choice,) = complete(ids, echo=True, logprobs=0, max_tokens=1).choices
+        assert choice.logprobs.text_offset == [0, 2, 2, 5] and choice.text.startswith("Hiyou")
+
+    def test_bytes_that_are_no_characters_count_as_they_are_shown(self, complete, engine):
+        token_of = {engine.tokenizer.token_bytes(token): token for token in range(engine.tokenizer.vocab_size)}
+        lead, rest, a = token_of[b"\xc3"], token_of[b"\xa9"], token_of[b"a"]
+        for ids, text, offsets in [
+            ([rest, a, rest, rest, a], "\ufffda\ufffd\ufffda", [0, 1, 2, 3, 4]),
+            ([a, lead, rest, a], "aéa", [0, 1, 1, 2]),
+            ([lead, a, lead], "\ufffda\ufffd", [0, 1, 2]),
+        ]:
+            (choice,) = complete(ids, echo=True, logprobs=0, max_tokens=2, logit_bias={str(rest): 100}).choices
+            assert choice.text == text + "\ufffd\ufffd"
+            assert choice.logprobs.text_offset == [*offsets, len(text), len(text) + 1]
+
     def test_echo_with_logprobs_scores_the_prompt_as_lm_eval_needs(self, complete, engine):
         (choice,) = complete(echo=True, logprobs=1, max_tokens=1).choices
         (expected,) = engine.generate(PROMPT, max_tokens=1, logprobs=1, prompt_logprobs=1)
