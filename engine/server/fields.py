@@ -60,12 +60,28 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, float) and value.is_integer()
 
 
+def or_say(allowed: str) -> WrapValidator:
+    """A union's own errors name each of its parts."""
+
+    def check(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError(f"must be {allowed}") from None
+
+    return WrapValidator(check)
+
+
 Integer = Annotated[int, WrapValidator(_whole)]
 Limit = Annotated[int, Field(ge=INTEGERS["max_tokens"].low), WrapValidator(_whole)]
 LimitOrNothing = Annotated[int, Field(ge=0), WrapValidator(_whole)]
 Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH, json_schema_extra={"minLength": 1})]
 SeveralStops = Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)]
-Stops = Annotated[SeveralStops, BeforeValidator(_one_or_several, Stop | SeveralStops)]
+Stops = Annotated[
+    SeveralStops,
+    BeforeValidator(_one_or_several, Stop | SeveralStops),
+    or_say(f"a string or a list of strings, at most {MAX_STOPS} of at most {MAX_STOP_LENGTH} characters"),
+]
 Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES), WrapValidator(_whole)]
 TopCount = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WrapValidator(_whole)]
 TokenId = Annotated[int, within(Bounds(0))]
@@ -90,18 +106,6 @@ ONE = "a text or its token ids"
 SEVERAL = f"from 1 to {MAX_PROMPTS} of either"
 
 
-def _or_say(allowed: str) -> WrapValidator:
-    """A union's own errors name each of its parts."""
-
-    def check(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return check(value)
-        except ValidationError:
-            raise ValueError(f"must be {allowed}") from None
-
-    return WrapValidator(check)
-
-
 def _as_several(value: Any) -> Any:
     one = isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) in (int, float))
     return [value] if one else value
@@ -109,8 +113,8 @@ def _as_several(value: Any) -> Any:
 
 PromptIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1), WrapValidator(_whole)]
 AnyPrompts = Annotated[list[str | PromptIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
-OnePrompt = Annotated[str | PromptIds, _or_say(ONE)]
-SeveralPrompts = Annotated[AnyPrompts, _or_say(SEVERAL)]
+OnePrompt = Annotated[str | PromptIds, or_say(ONE)]
+SeveralPrompts = Annotated[AnyPrompts, or_say(SEVERAL)]
 OneOrSeveralPrompts = Annotated[
-    AnyPrompts, BeforeValidator(_as_several, str | PromptIds | AnyPrompts), _or_say(f"{ONE}, or {SEVERAL}")
+    AnyPrompts, BeforeValidator(_as_several, str | PromptIds | AnyPrompts), or_say(f"{ONE}, or {SEVERAL}")
 ]

@@ -25,6 +25,7 @@ from .fields import (
     TokenIds,
     TopCount,
     at_most,
+    or_say,
 )
 
 MAX_FIELDS = 256
@@ -239,7 +240,10 @@ class Message(Object):
     model_config = ConfigDict(json_schema_extra=_nothing_else)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(fail_fast=True)],
+        or_say('a string or a list of text parts, {"type": "text", "text": "…"}, and of no others'),
+    ]
 
     def for_template(self) -> dict[str, str]:
         for name, value in (self.model_extra or {}).items():

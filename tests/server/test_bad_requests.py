@@ -122,6 +122,21 @@ def test_bad_messages(server, path, messages):
     assert error(answer, 400)["param"] == "messages"
 
 
+@pytest.mark.parametrize("content", [None, 5, [5], [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]])
+def test_what_a_message_may_hold_is_said(server, content):
+    answer = server.post(CHAT, {"messages": [{"role": "user", "content": content}]})
+    assert error(answer, 400)["message"] == (
+        'messages.0.content: must be a string or a list of text parts, {"type": "text", "text": "…"}, and of no others'
+    )
+
+
+@pytest.mark.parametrize("stop", [5, [5], {"a": 1}, ["a"] * 17, "a" * 257])
+def test_what_may_end_a_text_is_said(server, stop):
+    assert error(server.post(COMPLETIONS, {"prompt": "a", "stop": stop}), 400)["message"] == (
+        "stop: must be a string or a list of strings, at most 16 of at most 256 characters"
+    )
+
+
 @pytest.mark.parametrize(
     "body, param",
     [
