@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from microvllm.engine.config import DTYPES
+from microvllm.engine.exit_code import exit_code
 from microvllm.kernels.roof import Roof, measure_roof
 from microvllm.model.checkpoint import LOAD_FORMATS
 from microvllm.model.config import ModelConfig
@@ -214,8 +216,12 @@ def workloads(options: argparse.Namespace) -> list[Workload]:
     return chosen
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    return exit_code("bench.engine", lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
     if options.draw:
         for path in sorted(record.RESULTS.glob("*/*.json")):
             if json.loads(path.read_text()).get("kind") in engine_picture.FIGURES:
@@ -245,4 +251,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

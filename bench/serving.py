@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from microvllm.engine.exit_code import exit_code
 
 from . import engine_picture, picture, record, servers
 from .client import Endpoint, Load, complete
@@ -216,8 +217,12 @@ def goodput(pairs: Sequence[str]) -> dict[str, float]:
     return bounds
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    return exit_code("bench.serving", lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
     longest = max(workload.longest for workload in options.workloads)
     model, config = Model.open(options.model, options.load_format, options.dtype, longest)
     try:
@@ -231,4 +236,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     # As after Control-C, the servers end with what started them.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    main()
+    sys.exit(main())

@@ -326,6 +326,11 @@ class TestCommand:
         assert f"{url}: 1 of 3 requests failed: HTTP 429: full" in capsys.readouterr().out
         assert results("serving-small-given")["rows"][0]["failed"] == 2
 
+    def test_a_model_that_is_not_there_is_one_line(self, capsys):
+        assert serving.main(["--model", "no-such-model", "--requests", "1"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("bench.serving: no-such-model does not exist; a model is ") and error.count("\n") == 1
+
     def test_no_server(self, folder):
         url = f"http://127.0.0.1:{servers.free_port()}"
         with pytest.raises(SystemExit, match=f"error: there is no server at {url}"):
