@@ -122,10 +122,7 @@ def _summary(engine: InferenceEngine, outputs: list[RequestOutput]) -> str:
     tokens = sum(output.usage.completion_tokens for output in outputs)
     first = min(output.timings.to_first_token or output.timings.total for output in outputs)
     seconds = max(output.timings.total for output in outputs)
-    return (
-        f"{tokens} tokens at {tokens / seconds:.1f} tokens/s, first token after {first:.2f} s, "
-        f"on {engine.device}, kernels {engine.kernels}"
-    )
+    return f"{tokens} tokens at {tokens / seconds:.1f} tokens/s, first token after {first:.2f} s, on {engine.device}"
 
 
 class _ControlC:

@@ -43,7 +43,12 @@ class TestGenerate:
         out, err = capsys.readouterr()
         assert out == engine.generate("hello", max_tokens=5)[0].text + "\n"
         (summary,) = err.splitlines()
-        assert summary.startswith("5 tokens at ") and f"on cpu, kernels {engine.kernels}" in summary
+        assert summary.startswith("5 tokens at ") and summary.endswith(", on cpu")
+
+    def test_the_kernels_are_named_once(self, folder, engine, capsys):
+        assert main(["generate", "--model", folder, "--max-tokens", "5", "hello"]) == 0
+        err = capsys.readouterr().err
+        assert f"\nkernels: {engine.kernels}\n" in err and err.count(str(engine.kernels)) == 1
 
     def test_several_prompts_come_in_order(self, folder, engine, capsys):
         assert main(["generate", "--model", folder, "--max-tokens", "5", "--quiet", "one", "two"]) == 0

@@ -228,6 +228,6 @@ class TestCompare:
 
 
 def test_a_function_of_a_file_runs_in_generate_too(model, file, capsys):
-    words = ["generate", "--model", model, "--max-tokens", "3", "--quiet", "--device", "cpu", "hello"]
+    words = ["generate", "--model", model, "--max-tokens", "3", "--device", "cpu", "hello"]
     assert main([*words, "--kernel", f"rms_norm={file}:good"]) == 0
     assert "good: rms_norm" in capsys.readouterr().err
