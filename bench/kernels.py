@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from microvllm.kernels.kernel_set import OPS, STANDALONE
-from microvllm.kernels.measure import Peer, default_dtype, in_a_line, measure_case
+from microvllm.kernels.measure import Peer, default_dtype, measure_case
 from microvllm.kernels.measurement import Measurement, Row
 from microvllm.kernels.op import Case, Op
 from microvllm.kernels.origin import device_name
+from microvllm.kernels.report import in_a_line
 from microvllm.kernels.roof import measure_roof
 from microvllm.kernels.timing import Timing
 

@@ -35,6 +35,7 @@ from .report import (
     Report,
     Result,
     dtype_name,
+    in_a_line,
 )
 
 
@@ -65,7 +66,8 @@ def check(
     once with others at the addresses of the first, which must not give the first's results. The reference runs after
     the kernel, and what it gave is overwritten before the next case. `prepare` is applied to the argument `weight`.
 
-    ValueError for a name that `op` does not have, and for an implementation that cannot run on `device`.
+    ValueError for a name that `op` does not have, for an implementation that cannot run on `device`, and for a case
+    that cannot be checked, such as one beyond the memory.
     """
     default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(device or default)
@@ -84,8 +86,13 @@ def check(
     elsewhere = "" if device.type == default.type else f", device='{device}'"
     results: list[Result] = []
     for case, dtype, arguments in pairs:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # where Triton launches
-            result = _check_case(op, implementation, case, dtype, device, seed)
+        try:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # where Triton launches
+                result = _check_case(op, implementation, case, dtype, device, seed)
+        # PyTorch's for a lack of memory and for sizes beyond 64 bits; what the kernel raises is in the result.
+        except (RuntimeError, TypeError) as error:
+            words = f"{op.name} cannot be checked with {case} in {dtype_name(dtype)}: {in_a_line(error)}"
+            raise ValueError(words) from error
         results.append(replace(result, reproduce=f"{call}, {arguments}{elsewhere}, seed={seed})"))
         if RAISED in result.verdict and not _works(device):
             break  # an illegal access ends all use of the GPU by this process

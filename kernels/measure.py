@@ -23,7 +23,7 @@ from .measurement import Measurement, Row
 from .op import Case, Cost, Implementation, Op
 from .origin import device_name
 from .poison import once, poison
-from .report import dtype_name
+from .report import dtype_name, in_a_line
 from .roof import Roof, measure_roof
 from .timing import CapturedCalls, Clock, Timing, gpu, take_turns
 
@@ -388,10 +388,6 @@ def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
 
 def _storage(x: torch.Tensor) -> int:
     return x.untyped_storage().data_ptr()
-
-
-def in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def default_dtype(op: Op) -> torch.dtype:

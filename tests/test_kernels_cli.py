@@ -160,6 +160,14 @@ class TestCheck:
             ["check", "reference", "--op", "rms_norm", "--case", "tokens=-3", "hidden=8"],
             "--case tokens=-3: tokens must be an integer of at least 0",
         ),
+        (
+            ["check", "reference", "--op", "rms_norm", "--case", f"tokens={10**7}", f"hidden={10**7}"],
+            "rms_norm cannot be checked with tokens=10000000 hidden=10000000 in float16: ",
+        ),
+        (
+            ["check", "reference", "--op", "rms_norm", "--case", f"tokens={10**30}", "hidden=8"],
+            f"rms_norm cannot be checked with tokens={10**30} hidden=8 in float16: ",
+        ),
         (["compare"], "compare needs at least one --kernel"),
         (["compare", "--kernel", "rms_norm"], "--kernel rms_norm must read OP=NAME or OP=FILE.py:FUNCTION"),
         (["compare", "--kernel", "norm=triton"], "there is no operator 'norm'"),
