@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import triton
 
 from .dependent_launch import dependent_launch
+from .hopper import is_h200
 from .op import Case, Cost, Implementation, Op, needs_gpu
 from .skinny_kernels import few_rows_kernel, one_row_kernel, sum_kernel
 
@@ -57,7 +58,7 @@ SKINNY_ROWS = 128
 _MULTIPROCESSORS = 132
 
 
-def _one_row_launch(outputs: int, inputs: int) -> dict[str, int]:
+def _one_row_launch(outputs: int, inputs: int, h200: bool) -> dict[str, int]:
     """Outputs and inputs of a tile, and warps. An output's whole row goes to one program.
 
     A short row is one tile, which is there when x is. Where there are more programs than a GPU runs at once (32 of one
@@ -75,9 +76,11 @@ def _one_row_launch(outputs: int, inputs: int) -> dict[str, int]:
         return launch(1, 512, 4, 1, ahead=1024)
     if outputs < 2048:
         return launch(1, 1024, 4, 4)
+    if outputs <= 4096:
+        return launch(4, 512, 4, 2 if h200 else 4)
     if outputs <= 8192:
-        return launch(4, 512, 4 if outputs <= 4096 else 2, 2)
-    return launch(1, 1024, 2, 2)
+        return launch(4, 512, 2, 2)
+    return launch(1, 1024, 2, 2) if h200 else launch(1, 2048, 4, 4)
 
 
 def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | None:
@@ -143,7 +146,7 @@ def skinny_product(
     if not _is_skinny(x, weight) or not (residual is None or residual.is_contiguous()):
         return None
     if rows == 1:
-        return one_row(x, weight, bias=bias, residual=residual, **_one_row_launch(outputs, inputs))
+        return one_row(x, weight, bias=bias, residual=residual, **_one_row_launch(outputs, inputs, is_h200(x.device)))
     launch = _few_rows_launch(rows, outputs, inputs)
     if launch is None:
         return None

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from . import norm_linear
 from .dependent_launch import allow_next, dependent_launch
+from .hopper import is_h200
 from .linear_swiglu import linear_swiglu_reference
 from .norm_linear import check_norm_product, refuse_rows
 from .op import Case, Cost, Implementation, Op, needs_gpu
@@ -79,11 +80,13 @@ def _kernel(
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=out < intermediate)
 
 
-def _launch(intermediate: int, inputs: int) -> dict[str, int]:
+def _launch(intermediate: int, inputs: int, h200: bool) -> dict[str, int]:
     """BLOCK_OUT counts pairs of a gate and its up. `python -m bench.tune norm_gate_up_swiglu` sweeps others."""
     if inputs <= 1024:
         return {"BLOCK_OUT": 2, "BLOCK_IN": 256, "UNROLL": 4, "num_warps": 1}
-    return {"BLOCK_OUT": 2, "BLOCK_IN": 256, "UNROLL": 2, "num_warps": 1}
+    if h200:
+        return {"BLOCK_OUT": 2, "BLOCK_IN": 256, "UNROLL": 2, "num_warps": 1}
+    return {"BLOCK_OUT": 2, "BLOCK_IN": 1024, "UNROLL": 2, "num_warps": 4}
 
 
 def norm_gate_up_swiglu(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
@@ -98,7 +101,7 @@ def norm_gate_up_swiglu(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, 
     y = torch.empty(len(x), intermediate, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    launch = _launch(intermediate, inputs)
+    launch = _launch(intermediate, inputs, is_h200(x.device))
     _kernel[(triton.cdiv(intermediate, launch["BLOCK_OUT"]),)](
         x,
         norm_weight,

@@ -32,16 +32,17 @@ QKV = {
 
 @pytest.mark.parametrize("outputs, inputs", [(4608, 3584), (1152, 896)])
 @pytest.mark.parametrize(
-    "module, sizes",
+    "module, gpu, sizes",
     [
-        (norm_linear, {"outputs": 11, "bias": True}),
-        (norm_gate_up_swiglu, {"intermediate": 11}),
-        (norm_qkv_rotary_store_kv, {"heads": 2, "kv_heads": 1, "head_dim": 6, "block_size": 4, "bias": True}),
+        (norm_linear, {}, {"outputs": 11, "bias": True}),
+        (norm_gate_up_swiglu, {"h200": False}, {"intermediate": 11}),
+        (norm_gate_up_swiglu, {"h200": True}, {"intermediate": 11}),
+        (norm_qkv_rotary_store_kv, {}, {"heads": 2, "kv_heads": 1, "head_dim": 6, "block_size": 4, "bias": True}),
     ],
-    ids=["norm_linear", "norm_gate_up_swiglu", "norm_qkv_rotary_store_kv"],
+    ids=["norm_linear", "norm_gate_up_swiglu", "norm_gate_up_swiglu-h200", "norm_qkv_rotary_store_kv"],
 )
-def test_every_launch_gives_the_same_function(monkeypatch, module, sizes, outputs, inputs):
-    launch = module._launch(outputs, inputs)
+def test_every_launch_gives_the_same_function(monkeypatch, module, gpu, sizes, outputs, inputs):
+    launch = module._launch(outputs, inputs, **gpu)
     monkeypatch.setattr(module, "_launch", lambda *sizes: launch)
     cases = [Case(tokens=1, inputs=inputs, **sizes) for inputs in (37, 1160, 2048)]
     report = module.OP.check("triton", cases, dtypes=[torch.float32])

@@ -21,9 +21,10 @@ def test_every_launch_gives_the_same_function(monkeypatch, rows, outputs, inputs
     assert report.ok, f"\n{report}"
 
 
+@pytest.mark.parametrize("h200", [False, True])
 @pytest.mark.parametrize("outputs", [3584, 152064])
-def test_every_launch_for_one_row_gives_the_same_function(monkeypatch, outputs):
-    launch = linear._one_row_launch(outputs, 3584)
+def test_every_launch_for_one_row_gives_the_same_function(monkeypatch, outputs, h200):
+    launch = linear._one_row_launch(outputs, 3584, h200)
     monkeypatch.setattr(linear, "_one_row_launch", lambda *sizes: launch)
     report = linear.OP.check("skinny", [Case(rows=1, outputs=11, inputs=1160, bias=True)], dtypes=[torch.float32])
     assert report.ok, f"\n{report}"
