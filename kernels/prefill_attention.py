@@ -25,12 +25,12 @@ from .rotary import fused_qkv
 REFERENCE_SCORES = 1 << 27
 """Scores that the reference holds at once; in float64 they take a GiB."""
 
-HOPPER_FROM = {64: (1536, 1536), 128: (384, 96)}
-"""By head size, the tokens of all chunks together, and of a chunk on average, from which on the Hopper kernel computes
+HOPPER_OVER = {64: (2048, 1536), 128: (512, 64)}
+"""By head size, the tokens of all chunks together, and of a chunk on average, over which the Hopper kernel computes
 them: its tiles have 128 queries, of which short chunks leave most empty. `python -m bench.kernels prefill_attention`
-times both kernels on either side of it. The longest chunk does not count: a captured prefill allows for one of all its
-tokens, and shall have the bits of the same one uncaptured. Nor does a cached prefix, with which the Hopper kernel gains
-from fewer tokens on."""
+times both kernels on either side of it. An engine's captured prefill, with room for more tokens and chunks, is to have
+the bits of the same one uncaptured: so the longest chunk does not count, nor a cached prefix, with which the Hopper
+kernel gains from fewer tokens on."""
 
 
 def prefill_attention_reference(
@@ -207,10 +207,10 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _is_for_hopper(tokens: int, chunks: int, head_dim: int, device: torch.device) -> bool:
-    if head_dim not in HOPPER_FROM or not multiprocessors(device):
+    if head_dim not in HOPPER_OVER or not multiprocessors(device):
         return False
-    least, mean = HOPPER_FROM[head_dim]
-    return tokens >= max(least, mean * chunks)
+    together, mean = HOPPER_OVER[head_dim]
+    return tokens > max(together, mean * chunks)
 
 
 def _require(holds: bool, words: str) -> None:
@@ -231,7 +231,7 @@ def prefill_attention(
 ) -> torch.Tensor:
     """As `prefill_attention_reference`, in Triton, in one launch; equal inputs give equal bits.
 
-    On a Hopper GPU, `hopper_prefill` computes what HOPPER_FROM says unless `refused_by_hopper` says why not; one kernel
+    On a Hopper GPU, `hopper_prefill` computes what HOPPER_OVER says unless `refused_by_hopper` says why not; one kernel
     for all GPUs computes everything else.
 
     Block sizes, head_dim and strides are free, but the last dimensions are contiguous. Of a chunk longer than
@@ -434,7 +434,7 @@ OP = Op(
         Case(prompts=1, query=4096, **_QWEN2_HALF_B, block_size=256),
         Case(prompts=1, query=2048, **_QWEN2_7B, block_size=256, prefix=6144),
         Case(prompts=35, query=512, shortest=128, **_QWEN2_7B, block_size=256),
-        # Near HOPPER_FROM.
+        # Near HOPPER_OVER.
         Case(prompts=1, query=300, **_QWEN2_7B, block_size=256),
         Case(prompts=1, query=640, **_QWEN2_7B, block_size=256),
         Case(prompts=64, query=32, **_QWEN2_7B, block_size=256),

@@ -4,12 +4,15 @@ does not take; tests/gpu checks what it computes on a GPU.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
-from microvllm.kernels import hopper_prefill
+from microvllm.engine.model_graph import PREFILL_CHUNKS, PREFILL_TOKENS
+from microvllm.kernels import hopper_prefill, prefill_attention
 from microvllm.kernels.hopper_prefill import refused_by_hopper
 from microvllm.kernels.op import Case
-from microvllm.kernels.prefill_attention import OP
+from microvllm.kernels.prefill_attention import HOPPER_OVER, OP
 
 from .gluon_emulator import emulate, plant
 
@@ -90,3 +93,37 @@ def test_what_it_takes():
 )
 def test_what_it_refuses(q, cache, words):
     assert words in refused_by_hopper(q, cache, cache)
+
+
+class TestWhatItIsFor:
+    @pytest.fixture(autouse=True)
+    def hopper(self, monkeypatch):
+        """As if a CPU were an H100, as far as the choice goes."""
+        monkeypatch.setattr(prefill_attention, "multiprocessors", lambda device: 132)
+
+    @staticmethod
+    def chosen(tokens: int, chunks: int, head_dim: int) -> bool:
+        return prefill_attention._is_for_hopper(tokens, chunks, head_dim, torch.device("cpu"))
+
+    @pytest.mark.parametrize(
+        "tokens, chunks, head_dim, chosen",
+        [
+            (512, 1, 128, False),
+            (513, 1, 128, True),
+            (64 * 64, 64, 128, False),
+            (64 * 100, 64, 128, True),
+            (2048, 1, 64, False),
+            (3072, 1, 64, True),
+            (2620, 5, 64, False),
+            (9000, 1, 80, False),
+        ],
+    )
+    def test_the_tokens_together_and_of_a_chunk_decide(self, tokens, chunks, head_dim, chosen):
+        assert self.chosen(tokens, chunks, head_dim) == chosen
+
+    @pytest.mark.parametrize("head_dim", HOPPER_OVER)
+    def test_a_captured_prefill_is_computed_as_the_same_one_uncaptured(self, head_dim):
+        for before, size in pairwise((0, *PREFILL_TOKENS)):
+            for chunks in range(1, PREFILL_CHUNKS + 1):
+                for tokens in (max(before + 1, chunks), size):
+                    assert self.chosen(tokens, chunks, head_dim) == self.chosen(size, PREFILL_CHUNKS, head_dim)

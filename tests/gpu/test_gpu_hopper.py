@@ -9,7 +9,7 @@ import torch
 from microvllm.kernels import prefill_attention
 from microvllm.kernels.hopper_prefill import hopper_prefill, refused_by_hopper
 from microvllm.kernels.op import Case
-from microvllm.kernels.prefill_attention import HOPPER_FROM, OP
+from microvllm.kernels.prefill_attention import HOPPER_OVER, OP
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="a Hopper GPU alone runs it"
@@ -41,7 +41,7 @@ def test_it_is_as_right_as_the_reference(case, dtype):
     assert report.ok, f"\n{report}"
 
 
-FIRST = HOPPER_FROM[128][0]
+FIRST = HOPPER_OVER[128][0] + 1
 
 
 @pytest.mark.parametrize(
