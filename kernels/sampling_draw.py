@@ -151,7 +151,7 @@ def draw_kernel(
                     )
                     tl.debug_barrier()
                 mass = tl.full((), 0.0, tl.float32)
-                if (k >= vocab) & (p < 1):
+                if (k >= vocab) & (p < 1) & (count <= LISTED):
                     i = tl.arange(0, LISTED)
                     mass = tl.sum(_exp(tl.load(score_list_ptr + i, mask=i < count, other=-_INF)))
                 # The filters keep the first tokens by rank, and the first are those listed. None is kept beyond them,
@@ -185,8 +185,9 @@ def draw_kernel(
                             LISTED,
                         )
                 # A longer list is too long as well; or what it would add to the mass, each with less than `least`, is
-                # too little for top-p.
-                too_little = (k >= vocab) & (p < 1) & (mass + LISTED * _exp(least) < p * total)
+                # too little for top-p, and there is no min-p for it to reach.
+                no_other = (k >= vocab) & (p < 1) & (floor == -_INF)
+                too_little = no_other & (mass + LISTED * _exp(least) < p * total)
                 wanted = tl.where((count > LISTED) | too_little, LISTED, wanted * 4)
             if drawn < 0:
                 drawn = _search(logits_ptr, None, vocab, vocab, largest, temperature, total, k, p, floor, stream, BLOCK)

@@ -24,6 +24,7 @@ pytestmark = [
 
 INF = float("inf")
 OFF = 10**9  # of top_k
+_launch = sampling._launch  # before it is replaced
 LISTED = 16
 SMALL = {
     "both": {"GROUP": 4},
@@ -223,6 +224,15 @@ class TestLongList:
     def test_what_a_longer_list_could_not_hold_is_not_listed(self, long):
         assert_same(arguments(normal(6, 3000), top_p=0.9))
         assert long["search"] == long["list"] == 6
+
+    def test_a_longer_list_may_reach_min_p(self, long):
+        assert_same(arguments(normal(6, 3000), top_p=0.95, min_p=0.4))
+        assert long["list"] > 6 and not long["search"]
+
+    def test_with_as_many_as_on_a_gpu(self, ways, monkeypatch):
+        monkeypatch.setattr(sampling, "_launch", _launch)
+        assert_same(arguments(normal(2, 32000), top_k=600, top_p=0.9))
+        assert ways["search_of_list"] == ways["list"] == 2 and not ways["search"]
 
 
 class TestTies:
