@@ -43,6 +43,7 @@ class CompletionLogprobsWriter:
         self._tokenizer = tokenizer
         self._offset = before
         self._asked = prompt if isinstance(prompt, str) else ""
+        self._named = 0  # where in it the last special token ends
         self._strip_space = tokenizer is not None and tokenizer.strips_leading_space and prompt is not None
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -67,10 +68,14 @@ class CompletionLogprobsWriter:
             return self._offset
         data = self._tokenizer.token_bytes(token_id)
         if not data:
-            begin, name = self._offset, self._tokenizer.token_name(token_id)
-            # A text may name a special token; one that the tokenizer has added is not in it.
-            self._offset += len(name) if self._asked.startswith(name, begin) else 0
-            return begin
+            name = self._tokenizer.token_name(token_id)
+            # A text may name a special token. One that the tokenizer has added at the beginning is not in it.
+            at = self._asked.find(name, self._named, None if self._offset else len(name))
+            if at < 0:
+                return self._offset
+            # The offset is counted in what the tokenizer made of the text, which may have fewer characters.
+            self._offset = self._named = at + len(name)
+            return at
         if self._strip_space:
             data, self._strip_space = data.removeprefix(b" "), False
         self._offset += len(self._utf8.decode(data[:1]))
