@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,9 +17,8 @@ from typing import Any
 
 import torch
 from microvllm.engine.config import DTYPES
-from microvllm.engine.exit_code import exit_code
 from microvllm.kernels.roof import Roof, measure_roof
-from microvllm.model.checkpoint import LOAD_FORMATS
+from microvllm.model.checkpoint import LOAD_FORMATS, resolve
 from microvllm.model.config import ModelConfig
 
 from . import engine_picture, gap, picture, policies, profile, record, startup
@@ -183,6 +181,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.prompt = options.prompt or (512 if profile_on_gpu else 32)
     try:
         options.workloads = workloads(options)
+        if not options.draw:
+            resolve(options.model, options.load_format)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -216,12 +216,8 @@ def workloads(options: argparse.Namespace) -> list[Workload]:
     return chosen
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    return exit_code("bench.engine", lambda: run(options))
-
-
-def run(options: argparse.Namespace) -> None:
     if options.draw:
         for path in sorted(record.RESULTS.glob("*/*.json")):
             if json.loads(path.read_text()).get("kind") in engine_picture.FIGURES:
@@ -251,4 +247,4 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from microvllm.engine.exit_code import exit_code
+from microvllm.model.checkpoint import resolve
 
 from . import engine_picture, picture, record, servers
 from .client import Endpoint, Load, complete
@@ -196,6 +196,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.load = Load(options.request_rate, options.max_concurrency, options.seed, options.timeout)
         options.goodput = goodput(options.goodput)
         options.workloads = workloads(options)
+        resolve(options.model, options.load_format)
     except ValueError as error:
         parser.error(str(error))
     if prefill := [workload.name for workload in options.workloads if workload.tokens < 2]:
@@ -217,12 +218,8 @@ def goodput(pairs: Sequence[str]) -> dict[str, float]:
     return bounds
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    return exit_code("bench.serving", lambda: run(options))
-
-
-def run(options: argparse.Namespace) -> None:
     longest = max(workload.longest for workload in options.workloads)
     model, config = Model.open(options.model, options.load_format, options.dtype, longest)
     try:
@@ -236,4 +233,4 @@ def run(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     # As after Control-C, the servers end with what started them.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(main())
+    main()

@@ -22,7 +22,6 @@ from .cli_options import (
 )
 from .config import EngineConfig
 from .engine import InferenceEngine
-from .exit_code import exit_code
 from .lab.cli import add_kernels_command
 from .outputs import RequestOutput
 from .prompt import Prompt
@@ -31,7 +30,13 @@ from .prompt import Prompt
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
-    return exit_code("micro-vllm", lambda: options.run(options))
+    try:
+        return options.run(options)
+    except ValueError as error:
+        print(f"micro-vllm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
