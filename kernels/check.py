@@ -10,8 +10,8 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,13 +86,8 @@ def check(
     elsewhere = "" if device.type == default.type else f", device='{device}'"
     results: list[Result] = []
     for case, dtype, arguments in pairs:
-        try:
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # where Triton launches
-                result = _check_case(op, implementation, case, dtype, device, seed)
-        # PyTorch's for a lack of memory and for sizes beyond 64 bits; what the kernel raises is in the result.
-        except (RuntimeError, TypeError) as error:
-            words = f"{op.name} cannot be checked with {case} in {dtype_name(dtype)}: {in_a_line(error)}"
-            raise ValueError(words) from error
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # where Triton launches
+            result = _check_case(op, implementation, case, dtype, device, seed)
         results.append(replace(result, reproduce=f"{call}, {arguments}{elsewhere}, seed={seed})"))
         if RAISED in result.verdict and not _works(device):
             break  # an illegal access ends all use of the GPU by this process
@@ -104,7 +99,8 @@ def check(
 def _check_case(
     op: Op, implementation: Implementation, case: Case, dtype: torch.dtype, device: torch.device, seed: int
 ) -> Result:
-    inputs = _inputs(op, case, dtype, device, seed)
+    with _named(op, case, dtype):
+        inputs = _inputs(op, case, dtype, device, seed)
     if implementation.refuses is not None and (words := implementation.refuses(**inputs)) is not None:
         return Result(case, dtype, refused=words)
     problems: list[Problem] = []
@@ -115,7 +111,8 @@ def _check_case(
         kept = {name: x.clone() for name, x in got.items()}
         again = _call(op, implementation, inputs, _copies(inputs, repeated=True), problems, repeated=True)
         again = {name: x.clone() for name, x in again.items()}
-        others = _inputs(op, case, dtype, device, seed + 1)
+        with _named(op, case, dtype):
+            others = _inputs(op, case, dtype, device, seed + 1)
         places = {x.untyped_storage().data_ptr() for x in memory.values()}
         of_third: list[Problem] = []
         other = _call(op, implementation, others, _into(memory, others), of_third)
@@ -124,7 +121,8 @@ def _check_case(
     own = [name for name, x in got.items() if x.untyped_storage().data_ptr() not in places]
     overwritten = [name for name in own if not equal_bits(got[name], kept[name]).all()]
     del memory, got
-    expected, of_other = Expected(op, inputs), Expected(op, others)
+    with _named(op, case, dtype):
+        expected, of_other = Expected(op, inputs), Expected(op, others)
     judgements = expected.judge(kept, again)
     if not problems and not any(judgement.problems for judgement in judgements):
         judged = of_other.judge(other)
@@ -139,6 +137,16 @@ def _check_case(
     worst = max(judgements, key=lambda judgement: judgement.ratio, default=_Judgement(0.0, 0.0))
     problems = [problem for judgement in judgements for problem in judgement.problems] + problems
     return Result(case, dtype, worst.error, worst.allowed, tuple(dict.fromkeys(problems)))
+
+
+@contextmanager
+def _named(op: Op, case: Case, dtype: torch.dtype) -> Iterator[None]:
+    """Names the case whose inputs or truth PyTorch cannot make: they lack memory, or their sizes have over 64 bits."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        words = f"{op.name} cannot be checked with {case} in {dtype_name(dtype)}: {in_a_line(error)}"
+        raise ValueError(words) from error
 
 
 def _inputs(op: Op, case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Any]:
