@@ -28,8 +28,8 @@ REFERENCE_SCORES = 1 << 27
 HOPPER_OVER = {64: (2048, 1536), 128: (512, 64)}
 """By head size, the tokens of all chunks together, and of a chunk on average, over which the Hopper kernel computes
 them: its tiles have 128 queries, of which short chunks leave most empty. `python -m bench.kernels prefill_attention`
-times both kernels on either side of it. An engine's captured prefill, with room for more tokens and chunks, is to have
-the bits of the same one uncaptured: so the longest chunk does not count, nor a cached prefix, with which the Hopper
+times both kernels on either side of it. An engine's captured prefill, with room for more tokens and chunks, is to run
+the kernel of the same one uncaptured: so the longest chunk does not count, nor a cached prefix, with which the Hopper
 kernel gains from fewer tokens on."""
 
 

@@ -122,7 +122,7 @@ class TestWhatItIsFor:
         assert self.chosen(tokens, chunks, head_dim) == chosen
 
     @pytest.mark.parametrize("head_dim", HOPPER_OVER)
-    def test_a_captured_prefill_is_computed_as_the_same_one_uncaptured(self, head_dim):
+    def test_a_captured_prefill_runs_the_kernel_of_the_same_one_uncaptured(self, head_dim):
         for before, size in pairwise((0, *PREFILL_TOKENS)):
             for chunks in range(1, PREFILL_CHUNKS + 1):
                 for tokens in (max(before + 1, chunks), size):
