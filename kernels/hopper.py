@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
@@ -33,15 +34,23 @@ def is_h200(device: torch.device) -> bool:
     return device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
 
 
-def refused_product(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    """Why TMA and wgmma do not take x [tokens, in] and weight [out, in] on x's device; None where they do."""
+def refused_linear_swiglu(
+    x: torch.Tensor, weight: torch.Tensor, keeps_busy: Callable[[int, int, int], bool]
+) -> str | None:
+    """Why TMA and wgmma do not take x [tokens, in] and weight [2·intermediate, in] on x's device; None where they do.
+
+    keeps_busy: given tokens, intermediate and how many multiprocessors there are, whether few of these idle
+    """
     if x.dtype not in TYPES or weight.dtype != x.dtype:
         return f"the Hopper kernel computes in float16 and bfloat16, not in {x.dtype} and {weight.dtype}"
     for tensor in (x, weight):
         if tensor.stride(1) != 1 or tensor.data_ptr() % 16 or tensor.stride(0) * tensor.element_size() % 16:
             return "the Hopper kernel wants rows that are contiguous and aligned to 16 bytes"
-    if not multiprocessors(x.device):
+    rows, intermediate, count = len(x), len(weight) // 2, multiprocessors(x.device)
+    if not count:
         return f"the Hopper kernel is for GPUs of compute capability 9.0, not for {x.device}"
+    if not keeps_busy(rows, intermediate, count):
+        return f"{rows} tokens of {intermediate} columns do not keep {count} multiprocessors busy"
     return None
 
 
@@ -49,6 +58,18 @@ def boxes(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A tensor [rows, columns] for TMA to move in boxes of so many of both."""
     box = [rows, columns]
     return TensorDescriptor.from_tensor(tensor, box, gl.NVMMASharedLayout.get_default_for(box, TYPES[tensor.dtype]))
+
+
+@gluon.jit
+def stage_barriers(STAGES: gl.constexpr):
+    """(ready, empty): for each stage of shared memory, what the warp that fills it and those that read it wait for."""
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    fence_async_shared()
+    return ready, empty
 
 
 @gluon.jit

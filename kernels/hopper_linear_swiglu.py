@@ -25,15 +25,10 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .hopper import boxes, load, multiprocessors, refused_product, silu_times_up
+from .hopper import boxes, load, multiprocessors, refused_linear_swiglu, silu_times_up, stage_barriers
 
 _INPUTS = 64
 """Of a step: 128 bytes, the swizzle that wgmma reads fastest."""
@@ -69,16 +64,12 @@ def keeps_busy(rows: int, intermediate: int, multiprocessors: int) -> bool:
 
 def refused_by_hopper(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     """Why the kernel does not take x [tokens, in] and weight [2·intermediate, in]; None where it does."""
-    (rows, inputs), intermediate = x.shape, len(weight) // 2
+    rows, inputs = x.shape
     if not 0 < rows <= MOST_ROWS:
         return f"the Hopper kernel is for 1 to {MOST_ROWS} tokens, not {rows}"
     if inputs % _INPUTS or inputs < _LEAST_INPUTS:
         return f"the Hopper kernel takes inputs in multiples of {_INPUTS} from {_LEAST_INPUTS} on, not {inputs}"
-    if words := refused_product(x, weight):
-        return words
-    count = multiprocessors(x.device)
-    busy = keeps_busy(rows, intermediate, count)
-    return None if busy else f"{intermediate} columns do not keep {count} multiprocessors busy"
+    return refused_linear_swiglu(x, weight, keeps_busy)
 
 
 @gluon.jit
@@ -201,15 +192,9 @@ def _hopper_linear_swiglu_kernel(
     x_smem = gl.allocate_shared_memory(dtype, [STAGES, M, STEP], x_desc.layout)
     wide_smem = gl.allocate_shared_memory(dtype, [STAGES, WIDE, STEP], wide_desc.layout)
     narrow_smem = gl.allocate_shared_memory(dtype, [STAGES, NARROW, STEP], narrow_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
-    fence_async_shared()
     descs = (x_desc, wide_desc, narrow_desc)
     memory = (x_smem, wide_smem, narrow_smem)
-    barriers = (ready, empty)
+    barriers = stage_barriers(STAGES)
     gl.warp_specialize(
         [
             (_consume, (y_ptr, memory, barriers, tiles, rows, intermediate, steps)),

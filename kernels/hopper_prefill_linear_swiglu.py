@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .hopper import boxes, load, multiprocessors, refused_product, silu_times_up, store
+from .hopper import boxes, load, multiprocessors, refused_linear_swiglu, silu_times_up, stage_barriers, store
 
 _TOKENS, _GATES, _INPUTS = 128, 128, 64
 """Of a tile: rows of x, gates and as many ups, inputs of a step."""
@@ -51,16 +51,12 @@ def keeps_busy(rows: int, intermediate: int, multiprocessors: int) -> bool:
 
 def refused_by_hopper_prefill(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     """Why the kernel does not take x [tokens, in] and weight [2·intermediate, in]; None where it does."""
-    (rows, inputs), intermediate = x.shape, len(weight) // 2
+    inputs, intermediate = x.shape[1], len(weight) // 2
     if inputs % _INPUTS:
         return f"the Hopper kernel takes inputs in multiples of {_INPUTS}, not {inputs}"
     if intermediate % 8:
         return f"the Hopper kernel takes columns in multiples of 8, not {intermediate}"
-    if words := refused_product(x, weight):
-        return words
-    count = multiprocessors(x.device)
-    busy = keeps_busy(rows, intermediate, count)
-    return None if busy else f"{rows} tokens of {intermediate} columns do not keep {count} multiprocessors busy"
+    return refused_linear_swiglu(x, weight, keeps_busy)
 
 
 @gluon.jit
@@ -158,14 +154,8 @@ def _hopper_prefill_linear_swiglu_kernel(
     x_smem = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, STEP], x_desc.layout)
     weight_smem = gl.allocate_shared_memory(dtype, [STAGES, 2 * GATES, STEP], weight_desc.layout)
     y_smem = gl.allocate_shared_memory(dtype, [1, TOKENS, GATES], y_desc.layout).index(0)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
-    fence_async_shared()
     memory = (x_smem, weight_smem)
-    barriers = (ready, empty)
+    barriers = stage_barriers(STAGES)
     gl.warp_specialize(
         [
             (_consume, (y_desc, y_smem, memory, barriers, tiles_m, tiles_n, steps, GROUP)),

@@ -69,7 +69,7 @@ def _launch(items: int, bytes_per_head: int) -> dict[str, int]:
     """
     if items <= 8:
         # With a third stage it is faster by itself, over long contexts by a fifteenth, and a step of one sequence is
-        # slower by a 25th (Qwen2-7B on an H100: 5.09 ms, not 4.89): the products before and behind take no shared
+        # slower by a 25th (Qwen2-7B on an H100: 5.08 ms, not 4.89): the products before and behind take no shared
         # memory, and overlap with what takes little.
         launch = {"chunks": 64 * min(items, 4), "MIN_CHUNK": 32, "TILE": 32, "STAGES": 2, "WARPS": 2}
     elif items <= 64:

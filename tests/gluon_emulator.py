@@ -43,6 +43,16 @@ def emulate(monkeypatch, module: ModuleType, multiprocessors: int) -> None:
                 monkeypatch.setattr(place, name, value)
 
 
+def pretend_hopper(monkeypatch, module: ModuleType) -> None:
+    """As if a CPU were an H100, as far as what the module's kernel refuses goes."""
+    for place in (module, hopper):
+        monkeypatch.setattr(place, "multiprocessors", lambda device: 132)
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16)
+
+
 def plant(right: str, wrong: str, module: ModuleType, folder: Path) -> ModuleType:
     """The module of kernels with a mistake planted in its source; the changed source is left in the folder."""
     source = inspect.getsource(module)

@@ -6,15 +6,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from microvllm.kernels import hopper as hopper_module
-from microvllm.kernels import hopper_linear_swiglu, linear_swiglu
-from microvllm.kernels.hopper_linear_swiglu import keeps_busy, refused_by_hopper
+from microvllm.kernels import hopper_linear_swiglu, hopper_prefill_linear_swiglu, linear_swiglu
+from microvllm.kernels.hopper_linear_swiglu import MOST_ROWS, keeps_busy, refused_by_hopper
 from microvllm.kernels.linear import skinny_linear
 from microvllm.kernels.linear_swiglu import OP, fused_linear_swiglu
 from microvllm.kernels.op import Case
 from microvllm.kernels.swiglu import swiglu
 
-from .gluon_emulator import emulate, plant
+from .gluon_emulator import emulate, half, plant, pretend_hopper
 from .gpu.sanitize import LARGER
 
 CASES = [
@@ -62,13 +61,7 @@ class TestInTheEmulator:
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """As if a CPU were an H100, as far as what is refused goes."""
-    for module in (hopper_module, hopper_linear_swiglu):
-        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
-
-
-def half(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float16)
+    pretend_hopper(monkeypatch, hopper_linear_swiglu)
 
 
 WEIGHT = half(2 * 18944, 512)
@@ -80,13 +73,13 @@ def test_what_it_takes(hopper, rows):
         assert refused_by_hopper(half(rows, 512).to(dtype), WEIGHT.to(dtype)) is None
 
 
-@pytest.mark.parametrize("case", LARGER["linear_swiglu"][:2], ids=str)
-def test_it_computes_the_cases_that_the_sanitizer_watches_for_its_sake(hopper, monkeypatch, case):
-    seen = []
-    monkeypatch.setattr(linear_swiglu, "hopper_linear_swiglu", lambda x, weight: seen.append(len(x)))
+@pytest.mark.parametrize("case", LARGER["linear_swiglu"], ids=str)
+def test_it_or_the_one_for_a_prefill_computes_what_the_sanitizer_watches_for_its_sake(hopper, monkeypatch, case):
+    pretend_hopper(monkeypatch, hopper_prefill_linear_swiglu)
     tokens, intermediate, inputs = case.sizes.values()
-    fused_linear_swiglu(half(tokens, inputs), half(2 * intermediate, inputs))
-    assert seen == [tokens]
+    it = "hopper_linear_swiglu" if tokens <= MOST_ROWS else "hopper_prefill_linear_swiglu"
+    monkeypatch.setattr(linear_swiglu, it, lambda x, weight: it)
+    assert fused_linear_swiglu(half(tokens, inputs), half(2 * intermediate, inputs)) == it
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from microvllm.kernels import hopper as hopper_module
 from microvllm.kernels import hopper_prefill_linear_swiglu, linear_swiglu
 from microvllm.kernels.hopper_prefill_linear_swiglu import keeps_busy, refused_by_hopper_prefill
 from microvllm.kernels.linear_swiglu import HOPPER_PREFILL_FROM, OP, fused_linear_swiglu
 from microvllm.kernels.op import Case
 
-from .gluon_emulator import emulate, plant
-from .gpu.sanitize import LARGER
+from .gluon_emulator import emulate, half, plant, pretend_hopper
 
 CASES = [
     Case(tokens=300, intermediate=264, inputs=320),  # nine tiles for three programs, a step more than there are stages
@@ -62,13 +60,7 @@ class TestInTheEmulator:
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """As if a CPU were an H100, as far as what is refused goes."""
-    for module in (hopper_module, hopper_prefill_linear_swiglu):
-        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
-
-
-def half(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float16)
+    pretend_hopper(monkeypatch, hopper_prefill_linear_swiglu)
 
 
 WEIGHT = half(2 * 18944, 64)
@@ -122,11 +114,3 @@ def test_it_computes_what_it_takes(hopper, monkeypatch, rows, columns, it):
     monkeypatch.setattr(linear_swiglu, "skinny_linear", lambda x, weight: "cuBLAS")
     monkeypatch.setattr(linear_swiglu, "swiglu", lambda gate_up: f"{gate_up}, SwiGLU")
     assert fused_linear_swiglu(half(rows, 64), half(2 * columns, 64)) == ("it" if it else "cuBLAS, SwiGLU")
-
-
-def test_it_computes_the_case_that_the_sanitizer_watches_for_its_sake(hopper, monkeypatch):
-    seen = []
-    monkeypatch.setattr(linear_swiglu, "hopper_prefill_linear_swiglu", lambda x, weight: seen.append(len(x)))
-    tokens, intermediate, inputs = LARGER["linear_swiglu"][-1].sizes.values()
-    fused_linear_swiglu(half(tokens, inputs), half(2 * intermediate, inputs))
-    assert seen == [tokens]
