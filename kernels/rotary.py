@@ -115,18 +115,20 @@ def launch_shape(tokens: int, heads: int, half: int, most_heads: int) -> dict[st
 
     heads: q's and k's together; half: of a head's dimensions
     """
-    block_half = triton.next_power_of_2(half)
-    # Heads of 64 or less are little work for a program of one token, and thousands of programs are long in starting.
-    block_tokens = 2 if tokens > 2048 and block_half <= 32 else 1
+    block_half, block_heads = triton.next_power_of_2(half), triton.next_power_of_2(heads)
+    if tokens > 2048 and block_half <= 32:
+        # Short heads are little work for a program of one token, and thousands of programs are long in starting.
+        shape = {"BLOCK_TOKENS": 4, "BLOCK_HEADS": min(block_heads, 8)}
+        return shape | {"BLOCK_HALF": block_half, "num_warps": max(1, block_half // 8)}
     return {
-        "BLOCK_TOKENS": block_tokens,
+        "BLOCK_TOKENS": 1,
         # Few tokens: one load of each half and of cos and sin a thread, the soonest done. Many: eight elements of
         # several heads a thread, so that more is under way and cos and sin serve more than one.
-        "BLOCK_HEADS": min(triton.next_power_of_2(heads), 8 if tokens <= 256 else most_heads),
+        "BLOCK_HEADS": min(block_heads, 8 if tokens <= 256 else most_heads),
         "BLOCK_HALF": block_half,
         # More threads than the table's row has elements: then Triton has each thread load those it multiplies with,
         # and otherwise has them meet in shared memory.
-        "num_warps": block_tokens * min(16, max(1, block_half // 16)),
+        "num_warps": min(16, max(1, block_half // 16)),
     }
 
 

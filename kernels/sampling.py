@@ -97,10 +97,13 @@ def _launch(vocab: int) -> dict[str, dict[str, int]]:
     They are no function of how many rows there are: sums then round alike in every batch.
 
     A list of up to RANKED tokens is ranked by comparing each with each, so one twice as long takes four times as long.
-    WANTED is meant to hold the nucleus of a peaked distribution; where it does not, four times as many are listed.
+    WANTED is meant to hold the nucleus of a peaked distribution; where it does not, four times as many are listed. A
+    group is one load of 8 tokens or more. With fewer than 3000 groups those with the best thousand tokens could be all
+    of them; 8192 fit a program's registers.
     """
-    chunk = max(512, triton.next_power_of_2(vocab) // 64)
-    group = max(32, triton.next_power_of_2(vocab) // 8192)
+    padded = triton.next_power_of_2(vocab)
+    chunk = max(512, padded // 64)
+    group = max(8, min(32, padded // 4096), padded // 8192)
     warps = max(1, chunk // 1024)
     return {
         "both": {"GROUP": group},

@@ -326,10 +326,10 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize("vocab", [1, 2500, 32000, 49152, 128256, 151936, 152064, 262144, sampling.MAX_VOCAB])
-def test_chunks_and_groups_stay_few_enough_for_a_program(vocab):
+def test_chunks_and_groups_fit_a_program_and_groups_are_many(vocab):
     launch = sampling._launch(vocab)
     assert triton.cdiv(vocab, launch["summarize"]["CHUNK"]) <= 64
-    assert triton.cdiv(vocab, launch["both"]["GROUP"]) <= 8192
+    assert min(vocab // 8, 3000) <= triton.cdiv(vocab, launch["both"]["GROUP"]) <= 8192
 
 
 @triton.jit
