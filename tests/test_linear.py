@@ -12,7 +12,15 @@ CASE = Case(rows=19, outputs=200, inputs=1160, bias=True)
 
 @pytest.mark.parametrize(
     "rows, outputs, inputs",
-    [(8, 3584, 18944), (8, 37888, 3584), (35, 3584, 18944), (128, 3584, 18944), (35, 37888, 3584), (35, 152064, 3584)],
+    [
+        (8, 3584, 18944),
+        (8, 37888, 3584),
+        (35, 3584, 18944),
+        (128, 3584, 18944),
+        (35, 4608, 3584),
+        (35, 37888, 3584),
+        (35, 152064, 3584),
+    ],
 )
 def test_every_launch_gives_the_same_function(monkeypatch, rows, outputs, inputs):
     launch = linear._few_rows_launch(rows, outputs, inputs)
