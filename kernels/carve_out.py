@@ -1,9 +1,8 @@
 """The carve-out: how much of a multiprocessor's L1 cache is shared memory while a kernel runs.
 
-A program starts only where the carve-out is what its kernel asks for. Behind a kernel that asks for another it waits
-until that one's programs are over, and the next kernel's weights are not on their way while this one ends. What the
-driver asks for by itself follows from one kernel alone, not from those before and behind it.
-(CUDA Driver API, CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT)
+A kernel that asks for another one than the kernel before it may have to wait until that is over (CUDA Driver API,
+cuFuncSetCacheConfig). What dependent launch is for, weights on their way while the kernel before ends, is then lost.
+The driver's own choice follows from one kernel alone, so which is best between others is measured, in whole steps.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ from functools import cache
 from typing import Any
 
 PREFERRED_CARVE_OUT = 9
-"""The number of the attribute."""
+"""The number of CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT."""
 
 
 def prefer_carve_out(kernel: Any, percent: int | None) -> None:
     """Has `kernel` ask for that carve-out from its next launch on.
 
     kernel:   what Triton returns of a launch; None, of the interpreter, is left alone
-    percent:  of the shared memory that a multiprocessor has at most, rounded up to what it can be divided into; on
-              Hopper, whose most is 228 KiB, 14 are 32 KiB, 28 are 64, and 44 are 100. None leaves it to the driver
+    percent:  of the shared memory that a multiprocessor has at most (228 KiB on Hopper); the driver rounds it to what
+              that can be divided into. None leaves it as it is, which at first is the driver's own choice
 
     RuntimeError where the driver refuses it.
     """

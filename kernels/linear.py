@@ -64,8 +64,9 @@ def _one_row_launch(outputs: int, inputs: int, h200: bool) -> dict[str, int]:
 
     A short row is one tile, which is there when x is. Where there are more programs than a GPU runs at once (32 of one
     warp on a multiprocessor), a program takes several outputs. AHEAD is for long rows: the first tiles of all programs
-    are then too little to keep the memory busy until x is there. carve_out is for those of o and down: a step of one
-    sequence takes 4.82 ms with it and 5.09 without (Qwen2-7B on an H100). The head's would be slower by itself.
+    are then too little to keep the memory busy until x is there. carve_out is for those of o and down: with it a step
+    of one sequence takes 4.82 ms, and 5.09 without (Qwen2-7B on an H100; none was tried on an H200). The head would be
+    slower by itself.
     """
 
     def launch(block_out: int, block_in: int, unroll: int, warps: int, **more: int) -> dict[str, int]:
@@ -89,8 +90,9 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | N
     """Tile, splits of the inputs, stages of loads in flight and warps; None where cuBLAS is faster. AHEAD columns are
     fetched into the L2 before the wait for the kernel before; with 0 it is no dependent launch.
 
-    The splits give every multiprocessor something to read, by one or two programs with five tiles under way. Past 16
-    rows the tiles of x leave room for one, and past 64 only a long sum is faster than cuBLAS's.
+    The splits give every multiprocessor something to read: one or two programs with five tiles under way, or several
+    with three. Past 16 rows the tiles of x leave room for one with five, and past 64 only a long sum is faster than
+    cuBLAS's.
     """
     tiles = triton.cdiv(outputs, 64)
     if rows > 64 and (inputs < 8192 or 2 * tiles > _MULTIPROCESSORS):
@@ -118,7 +120,7 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | N
     if tiles * splits >= 0.7 * _MULTIPROCESSORS:
         return launch(128, 5 if rows <= 64 else 4, splits)
     # Of q, k and v: faster than cuBLAS's in a step of 35 requests, and slower in those of 24, 48 and 64 (an H100).
-    return launch(128, 3, 3) if 32 < rows <= 40 and tiles > _MULTIPROCESSORS // 2 else None
+    return launch(128, 3, 3) if 32 < rows <= 40 and _MULTIPROCESSORS // 2 < tiles < _MULTIPROCESSORS else None
 
 
 def check_product(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -132,7 +134,8 @@ def check_product(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def skinny_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """As `linear_reference`, in Triton for up to 128 rows, where reading the weight takes longer than the products.
+    """As `linear_reference`, in Triton for up to 128 rows (of float32, 32), where reading the weight takes longer than
+    the products.
 
     For more rows, and for the sizes where `_few_rows_launch` says that cuBLAS is faster, cuBLAS computes it. Equal
     inputs give equal bits. ValueError for shapes and dtypes that do not fit each other.
@@ -181,7 +184,9 @@ def split_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
 
 
 def _is_skinny(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return len(x) <= SKINNY_ROWS and x.stride(1) == 1 and weight.stride(1) == 1
+    # In float32 the tiles of more rows do not fit a multiprocessor's shared memory.
+    most_rows = SKINNY_ROWS if x.element_size() <= 2 else 32
+    return len(x) <= most_rows and x.stride(1) == 1 and weight.stride(1) == 1
 
 
 def one_row(

@@ -54,7 +54,7 @@ def rotate(low, high, cos, sin):
 
 @triton.jit
 def tokens_of_program(program, tokens, BLOCK_TOKENS: tl.constexpr):
-    """[BLOCK_TOKENS, 1, 1] int64; a program that has too few repeats the last, and writes it twice."""
+    """[BLOCK_TOKENS, 1, 1] int64; a program that has too few repeats the last, and writes it again."""
     token = program.to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None, None]
     if BLOCK_TOKENS > 1:
         token = tl.minimum(token, tokens - 1)
@@ -117,7 +117,8 @@ def launch_shape(tokens: int, heads: int, half: int, most_heads: int) -> dict[st
     """
     block_half, block_heads = triton.next_power_of_2(half), triton.next_power_of_2(heads)
     if tokens > 2048 and block_half <= 32:
-        # Short heads are little work for a program of one token, and thousands of programs are long in starting.
+        # Short heads are little work for a program of one token, and thousands of programs are long in starting. Of
+        # eight shapes tried on an H100 this was the fastest: a thread for each element of the tokens' cos and sin.
         shape = {"BLOCK_TOKENS": 4, "BLOCK_HEADS": min(block_heads, 8)}
         return shape | {"BLOCK_HALF": block_half, "num_warps": max(1, block_half // 8)}
     return {

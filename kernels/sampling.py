@@ -103,7 +103,8 @@ def _launch(vocab: int) -> dict[str, dict[str, int]]:
     """
     padded = triton.next_power_of_2(vocab)
     chunk = max(512, padded // 64)
-    group = max(8, min(32, padded // 4096), padded // 8192)
+    most = max(1, vocab // 3000).bit_length() - 1  # log2 of the most tokens a group has if there are 3000 groups
+    group = max(8, min(32, 1 << most), padded // 8192)
     warps = max(1, chunk // 1024)
     return {
         "both": {"GROUP": group},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from microvllm.kernels import linear
 from microvllm.kernels.op import Case
 
@@ -39,11 +40,35 @@ def test_every_launch_for_one_row_gives_the_same_function(monkeypatch, outputs, 
 
 
 def test_no_launch_has_more_splits_than_steps():
-    for rows in (2, 16, 17, 64):
+    for rows in (2, 16, 17, 35, 64):
         for outputs in (64, 1152, 3584, 4608, 152064):
             for inputs in (64, 896, 18944):
                 launch = linear._few_rows_launch(rows, outputs, inputs)
                 assert launch is None or 1 <= launch["SPLITS"] <= max(1, inputs // launch["BLOCK_IN"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_every_launch_fits_the_shared_memory_of_a_multiprocessor(dtype):
+    """227 KiB on Hopper, for which Triton holds STAGES tiles of each operand, and in float32 one less."""
+    fewer = int(dtype == torch.float32)
+    kib = []
+    for rows in (2, 16, 17, 32, 33, 40, 41, 64, 65, 128):
+        if not linear._is_skinny(torch.empty(rows, 1, dtype=dtype), torch.empty(1, 1, dtype=dtype)):
+            continue
+        for outputs in (64, 896, 1152, 3584, 4608, 9728, 10240, 37888, 152064):
+            for inputs in (896, 3584, 18944):
+                if launch := linear._few_rows_launch(rows, outputs, inputs):
+                    tile = (max(16, triton.next_power_of_2(rows)) + launch["BLOCK_OUT"]) * launch["BLOCK_IN"]
+                    kib.append((launch["STAGES"] - fewer) * tile * dtype.itemsize / 1024)
+    assert 128 < max(kib) <= 227
+
+
+def test_the_products_behind_attention_and_behind_gate_and_up_ask_for_a_carve_out(monkeypatch):
+    asked = []
+    monkeypatch.setattr(linear, "prefer_carve_out", lambda kernel, percent: asked.append(percent))
+    for inputs, outputs in ((3584, 2052), (8192, 3), (3584, 3)):
+        linear.skinny_linear(torch.zeros(1, inputs), torch.zeros(outputs, inputs))
+    assert asked == [14, 14, None]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,15 @@ def test_every_launch_gives_the_same_function(monkeypatch, items):
     assert report.ok, f"\n{report}"
 
 
+def test_attention_of_few_sequences_asks_for_a_carve_out(monkeypatch):
+    asked = []
+    monkeypatch.setattr(paged_attention, "prefer_carve_out", lambda kernel, percent: asked.append(percent))
+    for batch in (4, 5):
+        case = Case(batch=batch, context=1, heads=2, kv_heads=2, head_dim=16, block_size=16)
+        assert paged_attention.OP.check("triton", [case], dtypes=[torch.float32]).ok
+    assert set(asked[: len(asked) // 2]) == {44} and set(asked[len(asked) // 2 :]) == {None}
+
+
 @pytest.mark.parametrize("warps, tile", [(1, 16), (2, 32), (4, 64), (4, 128)])
 @pytest.mark.parametrize("op", [paged_attention.OP, append_attention.OP], ids=lambda op: op.name)
 def test_any_tile_gives_the_same_function(monkeypatch, op, warps, tile):

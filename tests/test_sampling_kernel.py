@@ -325,7 +325,9 @@ def test_what_does_not_fit_is_refused():
                 top_k_top_p_sample(*args[:place], value, *args[place + 1 :])
 
 
-@pytest.mark.parametrize("vocab", [1, 2500, 32000, 49152, 128256, 151936, 152064, 262144, sampling.MAX_VOCAB])
+@pytest.mark.parametrize(
+    "vocab", [1, 2500, 32000, 33000, 49152, 65536, 73448, 96000, 128256, 151936, 152064, 262144, sampling.MAX_VOCAB]
+)
 def test_chunks_and_groups_fit_a_program_and_groups_are_many(vocab):
     launch = sampling._launch(vocab)
     assert triton.cdiv(vocab, launch["summarize"]["CHUNK"]) <= 64

@@ -23,13 +23,12 @@ def asked_for(kernel) -> int:
     return value.value
 
 
-def test_it_is_what_was_last_preferred_and_the_drivers_own_before():
+def test_it_is_what_was_last_preferred():
     y = torch.zeros(1, device="cuda")
     kernel = _one[(1,)](y)
-    prefer_carve_out(kernel, None)
-    assert asked_for(kernel) == -1
     for percent in (14, 44):
         prefer_carve_out(kernel, percent)
+        prefer_carve_out(kernel, None)
         assert asked_for(kernel) == percent
     _one[(1,)](y.zero_())
     assert y.item() == 1
