@@ -29,6 +29,8 @@ from microvllm.kernels import (
     paged_attention,
     prefill_attention,
     rms_norm,
+    rotary,
+    rotary_store_kv,
     swiglu,
 )
 from microvllm.kernels.measure import count_sets, default_dtype
@@ -65,7 +67,7 @@ class Sweep:
     def choosing(self, launch: Launch) -> Iterator[Callable]:
         """The kernel, launched so whatever the case."""
         kept = getattr(self.module, self.chooser)
-        setattr(self.module, self.chooser, lambda *sizes: dict(launch))
+        setattr(self.module, self.chooser, lambda *sizes, **limits: dict(launch))
         try:
             yield self.op.choose(self.kernel).function if isinstance(self.kernel, str) else self.kernel
         finally:
@@ -101,11 +103,10 @@ def _few_rows() -> tuple[Launch, ...]:
     tiles = ((64, 64, 3, 4), (64, 64, 4, 4), (64, 64, 5, 4), (64, 128, 3, 4), (64, 128, 5, 4))
     tiles += ((128, 64, 3, 8), (128, 64, 4, 8), (128, 128, 3, 8))
     names = ("BLOCK_OUT", "BLOCK_IN", "STAGES", "num_warps")
-    cuts = ((0, 1), (2, 1), (0, 2), (2, 2), (2, 4), (2, 5), (2, 7))
     return tuple(
-        dict(zip(names, tile, strict=True), AHEAD=ahead * tile[1], SPLITS=splits)
+        dict(zip(names, tile, strict=True), AHEAD=2 * tile[1], SPLITS=splits)
         for tile in tiles
-        for ahead, splits in cuts
+        for splits in (1, 2, 3, 4, 5, 7)
     )
 
 
@@ -151,6 +152,15 @@ def _prefill() -> tuple[Launch, ...]:
 def _narrow_rows(op: Op) -> Sweep:
     launches = grid(BLOCK_ROWS=(1, 2, 4, 8), BLOCK_HIDDEN=(1024,), num_warps=(1, 2, 4, 8))
     return Sweep(op, "triton", rms_norm, "_launch", launches, lambda case: case.sizes["hidden"] == 896)
+
+
+def _short_heads(module: ModuleType) -> Sweep:
+    launches = grid(BLOCK_TOKENS=(2, 4, 8), BLOCK_HEADS=(4, 8, 16), BLOCK_HALF=(32,), num_warps=(2, 4, 8))
+
+    def serves(case: Case) -> bool:
+        return case.sizes["tokens"] == 4096 and case.sizes["head_dim"] == 64
+
+    return Sweep(module.OP, "triton", module, "launch_shape", launches, serves)
 
 
 SWEEPS: dict[str, tuple[Sweep, ...]] = {
@@ -220,6 +230,8 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
         _narrow_rows(rms_norm.OP),
     ),
     "add_rms_norm": (_narrow_rows(rms_norm.ADD_OP),),
+    "rotary": (_short_heads(rotary),),
+    "rotary_store_kv": (_short_heads(rotary_store_kv),),
     "swiglu": (Sweep(swiglu.OP, "triton", swiglu, "_launch", grid(BLOCK=(1024, 2048), num_warps=(2, 4, 8))),),
 }
 

@@ -64,9 +64,9 @@ def _one_row_launch(outputs: int, inputs: int, h200: bool) -> dict[str, int]:
 
     A short row is one tile, which is there when x is. Where there are more programs than a GPU runs at once (32 of one
     warp on a multiprocessor), a program takes several outputs. AHEAD is for long rows: the first tiles of all programs
-    are then too little to keep the memory busy until x is there. carve_out is for those of o and down: with it a step
-    of one sequence takes 4.82 ms, and 5.09 without (Qwen2-7B on an H100; none was tried on an H200). The head would be
-    slower by itself.
+    are then too little to keep the memory busy until x is there. carve_out is for those of o and down: a step of
+    `python -m bench.engine --cases 1` takes 4.81 ms on an H100, and took 5.08 without (an H200 has not tried it). The
+    head would be slower by itself.
     """
 
     def launch(block_out: int, block_in: int, unroll: int, warps: int, **more: int) -> dict[str, int]:
@@ -88,7 +88,7 @@ def _one_row_launch(outputs: int, inputs: int, h200: bool) -> dict[str, int]:
 
 def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | None:
     """Tile, splits of the inputs, stages of loads in flight and warps; None where cuBLAS is faster. AHEAD columns are
-    fetched into the L2 before the wait for the kernel before; with 0 it is no dependent launch.
+    fetched into the L2 before the wait for the kernel before.
 
     The splits give every multiprocessor something to read: one or two programs with five tiles under way, or several
     with three. Past 16 rows the tiles of x leave room for one with five, and past 64 only a long sum is faster than
@@ -247,7 +247,7 @@ def _few_rows(
         BLOCK_ROWS=max(16, triton.next_power_of_2(rows)),
         EVEN=outputs % launch["BLOCK_OUT"] == 0 and inputs % launch["BLOCK_IN"] == 0,
         **launch,
-        **(dependent_launch(x.device) if launch["AHEAD"] else {"DEPENDENT": False}),
+        **dependent_launch(x.device),
     )
 
 

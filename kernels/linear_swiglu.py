@@ -98,9 +98,9 @@ HOPPER_PREFILL_FROM = 640
 
 
 def _launch(rows: int, intermediate: int, inputs: int) -> dict[str, int]:
-    """A tile of BLOCK_OUT gates and as many ups, and AHEAD as for `linear`: programs that read for long, several on
-    each multiprocessor, are faster without those of the next launch beside them. `python -m bench.tune linear_swiglu`
-    sweeps others.
+    """A tile of BLOCK_OUT gates and as many ups, and AHEAD as for `linear`; with 0 it is no dependent launch. Programs
+    that read for long, several on each multiprocessor, are faster without those of the next launch beside them.
+    `python -m bench.tune linear_swiglu` sweeps others.
     """
     if inputs <= 1024:
         return {"BLOCK_OUT": 64, "BLOCK_IN": 64, "AHEAD": 128, "STAGES": 5, "num_warps": 4}

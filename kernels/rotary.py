@@ -117,8 +117,8 @@ def launch_shape(tokens: int, heads: int, half: int, most_heads: int) -> dict[st
     """
     block_half, block_heads = triton.next_power_of_2(half), triton.next_power_of_2(heads)
     if tokens > 2048 and block_half <= 32:
-        # Short heads are little work for a program of one token, and thousands of programs are long in starting. Of
-        # eight shapes tried on an H100 this was the fastest: a thread for each element of the tokens' cos and sin.
+        # Short heads are little work for a program of one token, and thousands of programs are long in starting. There
+        # is a thread for each element of the tokens' cos and sin; `python -m bench.tune rotary` sweeps others.
         shape = {"BLOCK_TOKENS": 4, "BLOCK_HEADS": min(block_heads, 8)}
         return shape | {"BLOCK_HALF": block_half, "num_warps": max(1, block_half // 8)}
     return {

@@ -18,6 +18,8 @@ SMALL = {
     "norm_gate_up_swiglu": Case(tokens=1, intermediate=5, inputs=264),
     "rms_norm": Case(tokens=3, hidden=37),
     "add_rms_norm": Case(tokens=3, hidden=37),
+    "rotary": Case(tokens=3, heads=2, kv_heads=1, head_dim=64),
+    "rotary_store_kv": Case(tokens=3, heads=2, kv_heads=1, head_dim=64, block_size=4, padded=1),
     "swiglu": Case(tokens=3, intermediate=96),
 }
 
