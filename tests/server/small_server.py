@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,11 +73,15 @@ class SmallServer:
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
 
     def assert_comes_to_rest(self, seconds: float = 5) -> None:
-        deadline = time.monotonic() + seconds
-        while self.running._open and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert self.running._open == 0
+        self.wait(lambda: not self.running._open, seconds)
         assert_at_rest(self.engine)
+
+    @staticmethod
+    def wait(condition: Callable[[], object], seconds: float = 30) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"not within {seconds} s"
+            time.sleep(0.001)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import json
 import math
 import random
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -378,8 +377,7 @@ def test_overload_is_429_at_once_and_what_was_admitted_finishes(make_engine):
     with serving(engine, max_waiting=1) as server, ThreadPoolExecutor(2) as pool:
         body = {"prompt": "a", "max_tokens": 20, "ignore_eos": True}
         admitted = [pool.submit(server.post, "/generate", body) for _ in range(2)]
-        while server.running._open < 2:
-            time.sleep(0.005)
+        server.wait(lambda: server.running._open == 2)
         answer = server.post("/generate", body)
         assert error(answer, 429)["type"] == "rate_limit_error" and answer.headers["retry-after"] == "1"
         assert server.client.get("/health").status_code == 200

@@ -42,8 +42,7 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_step(make_engine, path, 
         options = {"max_tokens": 60, "ignore_eos": True} | dict.fromkeys(taken, stream)
         for steps in (0, 1, 3, 8):  # before, during and after its prefill, in mid-stream
             connection = server.connect(path, ROUTES[path] | options)
-            while not server.running._open:
-                time.sleep(0.001)
+            server.wait(lambda: server.running._open)
             time.sleep(0.022 * steps)
             assert server.running._open
             connection.close()
@@ -204,10 +203,7 @@ def test_a_client_that_does_not_read_costs_only_itself(make_engine):
         unread = [small_window(server) for _ in range(60)]
         for _ in range(3):
             server.assert_serves()
-        deadline = time.monotonic() + 30
-        while server.running._open and time.monotonic() < deadline:
-            time.sleep(0.01)
-        server.assert_comes_to_rest()  # the engine has finished them all
+        server.assert_comes_to_rest(30)  # the engine has finished them all
         received = read_to_the_end(unread[0])  # who reads at last has lost nothing
         assert received.count(b"data: {") == 120 and b"data: [DONE]" in received
         for connection in unread:
@@ -244,7 +240,7 @@ def test_a_client_that_reads_byte_by_byte_is_cut_off_and_the_others_are_not_held
                 for i, connection in enumerate(slow):
                     received[i] += connection.recv(1)
 
-        reading = threading.Thread(target=read_bytes)
+        reading = threading.Thread(target=read_bytes, daemon=True)
         reading.start()
         for _ in range(3):  # while they read their first hundred bytes
             answer = server.post(
@@ -252,12 +248,9 @@ def test_a_client_that_reads_byte_by_byte_is_cut_off_and_the_others_are_not_held
             )
             assert answer.text.count("data: {") == 100 and answer.text.endswith("data: [DONE]\n\n")
         server.assert_comes_to_rest()  # the engine has long forgotten them
-        deadline = time.monotonic() + 20
-        while server.responding() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        server.wait(lambda: not server.responding(), 20)
         stop.set()
         reading.join()
-        assert not server.responding()
         for start, connection in zip(received, slow, strict=True):
             whole = start + read_to_the_end(connection)  # what was on its way already
             assert whole.startswith(b"HTTP/1.1 200") and whole.count(b"data: {") < 120 and b"[DONE]" not in whole
@@ -332,10 +325,8 @@ class TestDeath:
         with ThreadPoolExecutor(8) as pool:
             fields = {"max_tokens": 100, "ignore_eos": True}
             waiting = [pool.submit(server.post, path, body | fields) for path, body in ROUTES.items() for _ in range(2)]
-            while (
-                server.running._open < 14 or not server.engine.scheduler.running
-            ):  # two of them are four requests each
-                time.sleep(0.001)
+            server.wait(lambda: server.running._open == 14)  # two of them are four requests each
+            server.wait(lambda: server.engine.scheduler.running)
             die()
             before = time.monotonic()
             answers = [each.result() for each in waiting]

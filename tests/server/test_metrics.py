@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -127,12 +125,11 @@ def test_a_request_that_never_ran_has_no_times_of_running(make_engine):
     with serving(engine) as server:
         server.slow_down(0.01)
         first = server.connect("/generate", {"prompt": "a", "max_tokens": 100, "ignore_eos": True})
-        while not engine.scheduler.running:
-            time.sleep(0.001)
+        server.wait(lambda: engine.scheduler.running)
         second = server.connect("/generate", {"prompt": "a"})
-        while server.running._open < 2:
-            time.sleep(0.001)
+        server.wait(lambda: engine.scheduler.waiting)
         second.close()
+        server.wait(lambda: not engine.scheduler.waiting)  # were the first to end before it, it would run
         first.close()
         server.assert_comes_to_rest()
         assert value(server, "request_success_total", finished_reason="abort") == 2

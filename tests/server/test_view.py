@@ -6,7 +6,6 @@ import base64
 import re
 import struct
 import threading
-import time
 
 import httpx
 import pytest
@@ -60,12 +59,10 @@ def test_the_view_is_the_engine_between_two_steps(make_engine):
         try:
             seen = []
             asking = threading.Thread(target=lambda: seen.append(server.client.get("/view").json()))
-            while len(server.running._streams) < 3:
-                time.sleep(0.005)
+            server.wait(lambda: len(server.running._streams) == 3)
             for _ in range(4):
                 go.release()
-            while server.running.stats.steps < 4:
-                time.sleep(0.005)
+            server.wait(lambda: server.running.stats.steps == 4)
             asking.start()
             while asking.is_alive():  # it comes with the end of a step
                 go.release()
