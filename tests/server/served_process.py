@@ -25,7 +25,7 @@ class ServedProcess:
             stderr=self._log,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 60
         while not (found := re.search(r"serving \S+ at (http://127\.0\.0\.1:(\d+))", self.log())):
             assert self.process.poll() is None and time.monotonic() < deadline, self.log()
             time.sleep(0.05)

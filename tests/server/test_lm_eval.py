@@ -46,7 +46,7 @@ def samples(tmp_path_factory):
             env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(out / "home"), "OPENAI_API_KEY": "sesame"},
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=240,
         )
         assert done.returncode == 0, done.stdout + done.stderr
     finally:

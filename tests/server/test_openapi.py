@@ -32,7 +32,7 @@ def run(server, folder: Path) -> tuple[subprocess.CompletedProcess, dict]:
         capture_output=True,
         text=True,
         cwd=folder,
-        timeout=900,
+        timeout=300,
     )
     return done, json.loads(report.read_text())
 
