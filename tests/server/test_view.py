@@ -62,7 +62,7 @@ def test_the_view_is_the_engine_between_two_steps(make_engine):
             server.wait(lambda: len(server.running._streams) == 3)
             for _ in range(4):
                 go.release()
-            server.wait(lambda: server.running.stats.steps == 4)
+            server.wait(lambda: server.running.stats.steps >= 4)
             asking.start()
             while asking.is_alive():  # it comes with the end of a step
                 go.release()
