@@ -105,6 +105,10 @@ def check_decode(
         block_table.shape[0] == len(q) and context_lens.shape[0] == len(q),
         "a row of q, of the table, and a length",
     )
+    _require(
+        len(q) == 0 or block_table.shape[1] > 0,
+        f"a row of block_table has an entry at least, and it is {list(block_table.shape)}",
+    )
 
 
 def _require(holds: bool, words: str) -> None:

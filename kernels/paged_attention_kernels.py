@@ -99,13 +99,22 @@ def paged_attention_kernel(
         dims = tl.arange(0, BLOCK_DIM)
         warp = tl.arange(0, WARPS)
         in_tile = warp[:, None] * WARP_TILE + tl.arange(0, WARP_TILE)[None, :]
-        paged = warp[:, None] * WARP_TILE if BLOCK_SIZE % WARP_TILE == 0 else in_tile  # what the table is asked for
-        table_row = table_ptr + row.to(tl.int64) * table_stride
-        # A tile's place in the table is loaded while the tile before it is computed; the first, with the context.
+        # A block is looked up once for as many tokens as lie in one for certain: those of a tile, of a warp, or one.
+        # `looked_up` is where in the tile they begin, and `further` where each is from there.
         if BLOCK_SIZE % TILE == 0:
-            page = tl.load(table_row + start // BLOCK_SIZE)
+            looked_up = 0
+            further = in_tile
+        elif BLOCK_SIZE % WARP_TILE == 0:
+            looked_up = warp[:, None] * WARP_TILE
+            further = tl.arange(0, WARP_TILE)[None, :]
         else:
-            page = tl.load(table_row + (start + paged) // BLOCK_SIZE, mask=start + paged < end, other=0)
+            looked_up = in_tile
+            further = 0
+        table_row = table_ptr + row.to(tl.int64) * table_stride
+        # A tile's place in the table is loaded while the tile before it is computed; the first, with the context, which
+        # its mask would wait for where it need not.
+        there = (start + looked_up < end) | (looked_up == 0)
+        page = tl.load(table_row + (start + looked_up) // BLOCK_SIZE, mask=there, other=0)
         head_mask = (head < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
         q_row = q_ptr + row.to(tl.int64) * q_stride_row
         q_heads = q_row + (kv_head * GROUP + head)[:, None] * q_stride_head
@@ -164,26 +173,18 @@ def paged_attention_kernel(
         q = tl.broadcast_to(tl.trans(q)[None], [WARPS, BLOCK_DIM, BLOCK_GROUP])
         for tile in tl.range(start, end, TILE, num_stages=STAGES):
             seen = tile + in_tile < end
-            k_tile = k_head + page.to(tl.int64) * k_stride_block
-            v_tile = v_head + page.to(tl.int64) * v_stride_block
-            if BLOCK_SIZE % TILE == 0:
-                k_tile += tile % BLOCK_SIZE * k_stride_token
-                v_tile += tile % BLOCK_SIZE * v_stride_token
-                offset = in_tile
-            else:
-                offset = (tile + in_tile) % BLOCK_SIZE
-            k_row = (k_tile + offset * k_stride_token)[:, :, None]
-            v_row = (v_tile + offset * v_stride_token)[:, None, :]
+            offset = (tile + looked_up) % BLOCK_SIZE
+            k_tile = k_head + page.to(tl.int64) * k_stride_block + offset * k_stride_token
+            v_tile = v_head + page.to(tl.int64) * v_stride_block + offset * v_stride_token
+            k_row = (k_tile + further * k_stride_token)[:, :, None]
+            v_row = (v_tile + further * v_stride_token)[:, None, :]
             k_mask = seen[:, :, None] & (dims < HEAD_DIM)[None, None, :]
             k = tl.load(k_row + dims[None, None, :], mask=k_mask, other=0.0)
             # Transposed by its addresses: with `tl.trans` Triton loads it by way of registers, and waits.
             v_mask = seen[:, None, :] & (dims < HEAD_DIM)[None, :, None]
             v = tl.load(v_row + dims[None, :, None], mask=v_mask, other=0.0)
             ahead = tile + TILE
-            if BLOCK_SIZE % TILE == 0:
-                page = tl.load(table_row + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
-            else:
-                page = tl.load(table_row + (ahead + paged) // BLOCK_SIZE, mask=ahead + paged < end, other=0)
+            page = tl.load(table_row + (ahead + looked_up) // BLOCK_SIZE, mask=ahead + looked_up < end, other=0)
 
             logits = tl.dot(k.to(q.dtype), q, input_precision="ieee") * logit_scale[None, None, :]
             logits = tl.where(seen[:, :, None], logits, float("-inf"))

@@ -45,6 +45,7 @@ def test_any_tile_gives_the_same_function(monkeypatch, op, warps, tile):
         ({"q": torch.zeros(2, 4, 64).half()}, "q is torch.float16 and the cache torch.float32"),
         ({"v_cache": torch.zeros(3, 16, 1, 64)}, "k_cache is .* and v_cache"),
         ({"context_lens": torch.ones(3, dtype=torch.int32)}, "a row of q, of the table, and a length"),
+        ({"block_table": torch.zeros(2, 0, dtype=torch.int32)}, r"has an entry at least, and it is \[2, 0\]"),
         ({"k_scale": torch.ones(2), "v_scale": torch.ones(2)}, "k_scale and v_scale belong to a float8 cache"),
     ],
 )
