@@ -109,9 +109,9 @@ def _launch(rows: int, intermediate: int, inputs: int) -> dict[str, int]:
 
 
 def fused_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As `linear_swiglu_reference` in one launch, in float32 to the end and rounded once: for up to 64 tokens, and for
-    more where a Hopper kernel takes them (`refused_by_hopper`, `refused_by_hopper_prefill`). Else it is `skinny_linear`
-    and then `swiglu`.
+    """As `linear_swiglu_reference` in one launch, in float32 to the end and rounded once: for up to 64 tokens in 16
+    bits, and for more where a Hopper kernel takes them (`refused_by_hopper`, `refused_by_hopper_prefill`). Else it is
+    `skinny_linear` and then `swiglu`.
 
     Equal inputs give equal bits. ValueError for an odd number of outputs, for float64, for shapes and dtypes that do
     not fit each other, and for a last dimension that is not contiguous.
@@ -126,7 +126,7 @@ def fused_linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     rows = len(x)
     if rows in HOPPER_ROWS and refused_by_hopper(x, weight) is None:
         return hopper_linear_swiglu(x, weight)
-    if rows <= FEW_ROWS:
+    if rows <= FEW_ROWS and x.element_size() <= 2:  # not in float32, for the reason in `linear`
         return few_rows_linear_swiglu(x, weight)
     if rows >= HOPPER_PREFILL_FROM and refused_by_hopper_prefill(x, weight) is None:
         return hopper_prefill_linear_swiglu(x, weight)

@@ -27,6 +27,7 @@ CASE = Case(rows=19, outputs=200, inputs=1160, bias=True)
 def test_every_launch_gives_the_same_function(monkeypatch, rows, outputs, inputs):
     launch = linear._few_rows_launch(rows, outputs, inputs)
     monkeypatch.setattr(linear, "_few_rows_launch", lambda *sizes: launch)
+    monkeypatch.setattr(linear, "_is_skinny", lambda *arguments: True)  # of float32 too, the stricter judge
     report = linear.OP.check("skinny", [CASE], dtypes=[torch.float16, torch.float32])
     assert report.ok, f"\n{report}"
 
@@ -48,19 +49,15 @@ def test_no_launch_has_more_splits_than_steps():
                 assert launch is None or 1 <= launch["SPLITS"] <= max(1, inputs // launch["BLOCK_IN"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_every_launch_fits_the_shared_memory_of_a_multiprocessor(dtype):
-    """227 KiB on Hopper, for which Triton holds STAGES tiles of each operand, and in float32 one less."""
-    fewer = int(dtype == torch.float32)
+def test_every_launch_fits_the_shared_memory_of_a_multiprocessor():
+    """227 KiB on Hopper, for which Triton holds STAGES tiles of each operand."""
     kib = []
     for rows in (2, 16, 17, 32, 33, 40, 41, 64, 65, 128):
-        if not linear._is_skinny(torch.empty(rows, 1, dtype=dtype), torch.empty(1, 1, dtype=dtype)):
-            continue
         for outputs in (64, 896, 1152, 3584, 4608, 9728, 10240, 37888, 152064):
             for inputs in (896, 3584, 18944):
                 if launch := linear._few_rows_launch(rows, outputs, inputs):
                     tile = (max(16, triton.next_power_of_2(rows)) + launch["BLOCK_OUT"]) * launch["BLOCK_IN"]
-                    kib.append((launch["STAGES"] - fewer) * tile * dtype.itemsize / 1024)
+                    kib.append(launch["STAGES"] * tile * torch.bfloat16.itemsize / 1024)
     assert 128 < max(kib) <= 227
 
 

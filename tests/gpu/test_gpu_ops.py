@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 from microvllm.kernels import append_attention
+from microvllm.kernels.measure import default_dtype
 from microvllm.kernels.op import Case, Op
 
 from ..operators import OPERATORS
@@ -15,10 +16,10 @@ from ..operators import OPERATORS
 GPU = torch.device("cuda")
 
 
-def half_dtypes(op: Op) -> list[torch.dtype]:
-    """float16 and bfloat16; for an operator that computes in neither, what it computes in."""
+def dtypes_of(op: Op, case: Case) -> list[torch.dtype]:
+    """All that the operator computes in; at real sizes float16 and bfloat16, unless it computes in neither."""
     halves = [dtype for dtype in op.dtypes if dtype in (torch.float16, torch.bfloat16)]
-    return halves or list(op.dtypes)
+    return list(op.dtypes) if case in op.cases or not halves else halves
 
 
 def every_implementation() -> list:
@@ -60,7 +61,7 @@ def test_every_implementation_is_right(op, name, case):
         pytest.skip(reason)
     if name == "flash_attn" and op is append_attention.OP:
         op = replace(op, inputs=with_angles_that_flash_attn_can_hold)
-    report = op.check(name, [case], dtypes=half_dtypes(op), device=GPU)
+    report = op.check(name, [case], dtypes=dtypes_of(op, case), device=GPU)
     if all(result.refused for result in report.results):
         pytest.skip(report.results[0].verdict)
     if name == "flash_attn" and report.problems == {"written out of bounds"}:
@@ -84,7 +85,7 @@ def first_inputs(op: Op, name: str) -> dict:
     refuses = op.implementations[name].refuses
     for case in op.cases:
         generator = torch.Generator(GPU).manual_seed(0)
-        inputs = op.inputs(**case.sizes, dtype=half_dtypes(op)[-1], device=GPU, generator=generator)
+        inputs = op.inputs(**case.sizes, dtype=default_dtype(op), device=GPU, generator=generator)
         if left_out(name, case) is None and (refuses is None or refuses(**inputs) is None):
             return inputs
     pytest.skip("it takes none of the small cases")
