@@ -58,8 +58,8 @@ def check(
     The truth is the reference on the inputs widened to float64, the yardstick the reference on the inputs as they are.
     Each output, and each argument that the operator mutates, has the reference's shape and dtype, is finite where the
     truth is, and errs at most twice as much as the yardstick, or by one rounding of its dtype where that is more; in
-    float32 by eps · max|truth| on top, without which correct kernels fail by chance. Integers equal the truth's or the
-    yardstick's, element by element.
+    float32 by 4 eps · max|truth| on top, for there the order of a sum is all that errs. Integers equal the truth's or
+    the yardstick's, element by element.
 
     Every call gets fresh copies of the inputs with their strides, and poison between and around the elements. A case is
     called twice with equal inputs, which must give equal bits whatever is in the memory that the kernel allocates, and
@@ -339,7 +339,9 @@ def _allowed(reference_error: float, size: float, dtype: torch.dtype) -> float:
     """The bound of an error, largest or rms, from the yardstick's and the truth's size, in the same norm."""
     info = torch.finfo(dtype)
     rounding = info.eps / 2 * max(size, info.smallest_normal)
-    return max(2 * reference_error, rounding) + (info.eps * size if info.bits >= 32 else 0)
+    # The yardstick's order of summing may be a lucky one: of a product of 640 terms MKL's error is 5.1e-7 with one thread
+    # and 2.1e-6 with two, oneDNN's 2.3e-6 with either. Beside the first it needs 3.2 of these 4 (an Intel CPU).
+    return max(2 * reference_error, rounding) + (4 * info.eps * size if info.bits >= 32 else 0)
 
 
 def equal_bits(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
