@@ -339,8 +339,8 @@ def _allowed(reference_error: float, size: float, dtype: torch.dtype) -> float:
     """The bound of an error, largest or rms, from the yardstick's and the truth's size, in the same norm."""
     info = torch.finfo(dtype)
     rounding = info.eps / 2 * max(size, info.smallest_normal)
-    # The yardstick's order of summing may be a lucky one: of a product of 640 terms MKL's error is 5.1e-7 with one thread
-    # and 2.1e-6 with two, oneDNN's 2.3e-6 with either. Beside the first it needs 3.2 of these 4 (an Intel CPU).
+    # The yardstick's order of summing may be a lucky one: of a product of 640 terms MKL's error is 5.1e-7 with one
+    # thread and 2.1e-6 with two, oneDNN's 2.3e-6 with either. Beside the first it needs 3.2 of these 4 (an Intel CPU).
     return max(2 * reference_error, rounding) + (4 * info.eps * size if info.bits >= 32 else 0)
 
 
