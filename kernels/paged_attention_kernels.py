@@ -111,8 +111,8 @@ def paged_attention_kernel(
             looked_up = in_tile
             further = 0
         table_row = table_ptr + row.to(tl.int64) * table_stride
-        # A tile's place in the table is loaded while the tile before it is computed; the first, with the context, which
-        # its mask would wait for where it need not.
+        # A tile's place in the table is loaded while the tile before it is computed; the first tile's with the context,
+        # where no mask asks for that: a chunk begins inside its text, so the entry that it begins in is there.
         there = (start + looked_up < end) | (looked_up == 0)
         page = tl.load(table_row + (start + looked_up) // BLOCK_SIZE, mask=there, other=0)
         head_mask = (head < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]

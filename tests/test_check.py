@@ -266,10 +266,12 @@ class TestBounds:
         assert report.problems == {"wrong values"} and result.error <= result.allowed
         assert "rms error" in str(report)
 
-    def test_three_roundings_fail_in_float32(self):
+    @pytest.mark.parametrize("roundings, places", [(4, slice(None)), (8, (3, 14))], ids=["everywhere", "one place"])
+    def test_few_roundings_of_the_largest_fail_in_float32(self, roundings, places):
         def shifted(x, weight, eps):
             y = norm(x, weight, eps)
-            return y + 4 * torch.finfo(SINGLE).eps * y.abs().max()
+            y[places] += roundings * torch.finfo(SINGLE).eps * y.abs().max()
+            return y
 
         assert judge(NORM, shifted, ROWS, dtypes=[SINGLE]).problems == {"wrong values"}
 
