@@ -30,19 +30,24 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def onednn_prepare(weight: torch.Tensor) -> torch.Tensor:
-    """The weight [out, in] in oneDNN's blocked layout; ValueError for a dtype but float32 and bfloat16."""
+    """The weight [out, in] in oneDNN's blocked layout; ValueError for a dtype that it does not multiply on this CPU."""
     if words := _onednn_refuses(weight=weight):
         raise ValueError(words)
     return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
 def _onednn_refuses(*, weight: torch.Tensor, **rest: Any) -> str | None:
-    if weight.dtype in (torch.float32, torch.bfloat16):
-        return None
-    return (
-        f"oneDNN multiplies float32 and bfloat16 on a CPU, not {weight.dtype}: choose one of these, or "
-        "kernels=KernelSet.default().replace(linear='reference')"
-    )
+    otherwise = "or kernels=KernelSet.default().replace(linear='reference')"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"oneDNN multiplies float32 and bfloat16 on a CPU, not {weight.dtype}: choose one of these, {otherwise}"
+    if weight.dtype == torch.bfloat16 and not onednn_has_bfloat16():
+        return f"oneDNN multiplies bfloat16 on a CPU with AVX-512, and this one has none: choose float32, {otherwise}"
+    return None
+
+
+def onednn_has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this CPU."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _needs_onednn(device: torch.device) -> str | None:

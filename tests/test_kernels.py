@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from microvllm.kernels import linear
 from microvllm.kernels.linear import linear_reference, onednn_linear, onednn_prepare
 from microvllm.kernels.paged_attention import paged_attention_reference
 from microvllm.kernels.prefill_attention import flash_attn_prefill, prefill_attention_reference
@@ -270,9 +271,12 @@ class TestLinear:
         torch.testing.assert_close(onednn_linear(x, onednn_prepare(weight)), linear_reference(x, weight))
         assert x.equal(kept[0]) and weight.equal(kept[1])
 
-    def test_onednn_refuses_dtypes_it_does_not_multiply(self):
+    def test_onednn_refuses_dtypes_it_does_not_multiply(self, monkeypatch):
         with pytest.raises(ValueError, match=r"float32 and bfloat16 on a CPU, not torch.float16.*linear='reference'"):
             onednn_prepare(torch.zeros(4, 4, dtype=torch.float16))
+        monkeypatch.setattr(linear, "onednn_has_bfloat16", lambda: False)
+        with pytest.raises(ValueError, match=r"with AVX-512, and this one has none: choose float32, .*'reference'"):
+            onednn_prepare(torch.zeros(4, 4, dtype=torch.bfloat16))
 
 
 class TestFlashAttn:

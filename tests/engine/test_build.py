@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from microvllm import KernelSet
+from microvllm.kernels.linear import onednn_has_bfloat16
 from microvllm.kernels.swiglu import swiglu_reference
 
 from ..small_engine import assert_at_rest, finish, ids
@@ -67,8 +68,14 @@ def test_a_swapped_kernel_is_what_runs(folder, kernels):
     assert silent.generate(ids(5), max_tokens=3)[0].token_ids != output.token_ids
 
 
-def test_bfloat16_on_a_cpu(reference, folder):
-    engine = make_engine(folder, dtype="bfloat16")
+@pytest.mark.parametrize("linear", ["onednn", "reference"])
+def test_bfloat16_on_a_cpu(reference, folder, linear):
+    kernels = KernelSet.default("cpu").replace(linear=linear)
+    if linear == "onednn" and not onednn_has_bfloat16():
+        with pytest.raises(ValueError, match="choose float32"):
+            make_engine(folder, dtype="bfloat16", kernels=kernels)
+        return
+    engine = make_engine(folder, dtype="bfloat16", kernels=kernels)
     assert engine.runner.model.embedding.dtype == engine.runner.cache[0][0].dtype == torch.bfloat16
     (output,) = engine.generate(ids(20), max_tokens=8, logprobs=0)
     expected = transformers_logits(reference[0], ids(20) + output.token_ids)[19:-1].log_softmax(-1)
