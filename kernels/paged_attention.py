@@ -59,20 +59,26 @@ def paged_attention_reference(
     return torch.where(lengths.unsqueeze(2) > 0, y.reshape_as(q), 0)
 
 
-def _launch(items: int, bytes_per_head: int) -> dict[str, int]:
+def _launch(items: int, bytes_per_head: int, appends: bool) -> dict[str, int]:
     """chunks that all contexts together are cut into (0: they are not cut), tokens a chunk has at least, tokens a tile,
     stages of loads in flight, warps, maxnreg, their registers, and the carve-out.
 
-    items: sequences times KV heads.  bytes_per_head: of a key, its elements padded to a power of 2.
+    items: sequences times KV heads.  bytes_per_head: of a key, its elements padded to a power of 2.  appends: whether
+    the programs rotate q and store a token first.
 
     Chosen for Qwen2-7B in bfloat16 on an H200, whose keys have 256 bytes, from what `python -m bench.tune
-    paged_attention` measures: about two chunks a multiprocessor, and whole contexts where there are as many of them.
+    paged_attention` measures: about two chunks a multiprocessor, and whole contexts where there are as many of them. Up
+    to 64 items on an H100.
     """
-    if items <= 8:
-        # With the driver's own carve-out a step of Qwen2-0.5B is 1 % slower, and one of Qwen2-7B the same (an H100).
-        launch = {"chunks": 64 * min(items, 4), "MIN_CHUNK": 32, "TILE": 32, "STAGES": 3, "WARPS": 2, "carve_out": 44}
-    elif items <= 64:
-        launch = {"chunks": 256, "MIN_CHUNK": 64, "TILE": 64, "STAGES": 3, "WARPS": 4}
+    if items <= 64:
+        launch = {"chunks": 64 * min(items, 4), "MIN_CHUNK": 32, "TILE": 32, "STAGES": 3, "WARPS": 2}
+        if items <= 8:
+            # With the driver's own a step of Qwen2-0.5B is 1 % slower, and one of Qwen2-7B the same (an H100).
+            launch["carve_out"] = 44
+        elif appends:
+            # Two warps read the cache of 8 sequences of 512 tokens 3 to 7 % sooner than four, but make a step of 8
+            # requests 5.39 ms of 5.36 (Qwen2-7B on an H100).
+            launch |= {"MIN_CHUNK": 64, "TILE": 64, "WARPS": 4}
     elif items < 256:
         launch = {"chunks": 280, "MIN_CHUNK": 256, "TILE": 32, "STAGES": 3, "WARPS": 2}
     else:
@@ -136,7 +142,7 @@ def attend(
     group = heads // kv_heads
     items = batch * kv_heads
     block_dim = triton.next_power_of_2(head_dim)
-    launch = dict(_launch(items, block_dim * q.element_size()))
+    launch = dict(_launch(items, block_dim * q.element_size(), new is not None))
     chunks, carve_out = launch["chunks"], launch.pop("carve_out", None)
     shape = {
         "KV_HEADS": kv_heads,

@@ -47,7 +47,7 @@ def assert_right(given: dict) -> None:
 
 @pytest.mark.parametrize("items", [1, 9, 65, 257])
 def test_every_launch_gives_the_same_function(monkeypatch, items):
-    launch = paged_attention._launch(items, bytes_per_head=256)
+    launch = paged_attention._launch(items, bytes_per_head=256, appends=True)
     monkeypatch.setattr(paged_attention, "_launch", lambda *sizes: launch)
     case = Case(batch=3, context=300, shortest=1, heads=6, kv_heads=2, head_dim=64, block_size=16, padded=1)
     report = OP.check("triton", [case], dtypes=[torch.float32])

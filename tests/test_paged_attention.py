@@ -12,7 +12,7 @@ CASE = Case(batch=2, context=700, shortest=3, heads=6, kv_heads=2, head_dim=64, 
 
 @pytest.mark.parametrize("items", [1, 9, 65, 257])
 def test_every_launch_gives_the_same_function(monkeypatch, items):
-    launch = paged_attention._launch(items, bytes_per_head=256)
+    launch = paged_attention._launch(items, bytes_per_head=256, appends=False)
     monkeypatch.setattr(paged_attention, "_launch", lambda *sizes: launch)
     report = paged_attention.OP.check("triton", [CASE], dtypes=[torch.float32])
     assert report.ok, f"\n{report}"
