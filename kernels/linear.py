@@ -81,7 +81,7 @@ def _one_row_launch(outputs: int, inputs: int, h200: bool) -> dict[str, int]:
     if inputs <= 1024:
         return launch(4, 256, 2, 1) if outputs > 32 * _MULTIPROCESSORS else launch(2, 1024, 1, 2)
     if inputs >= 8192:
-        return launch(1, 512, 4, 1, AHEAD=1024, carve_out=14)
+        return launch(1, 512, 8, 1, carve_out=14) if h200 else launch(1, 512, 4, 1, AHEAD=1024, carve_out=14)
     if outputs < 2048:
         return launch(1, 1024, 4, 4)
     if outputs <= 4096:
@@ -91,7 +91,7 @@ def _one_row_launch(outputs: int, inputs: int, h200: bool) -> dict[str, int]:
     return launch(1, 1024, 2, 2) if h200 else launch(1, 2048, 4, 4)
 
 
-def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | None:
+def _few_rows_launch(rows: int, outputs: int, inputs: int, h200: bool) -> dict[str, int] | None:
     """Tile, splits of the inputs, stages of loads in flight and warps; None where cuBLAS is faster. AHEAD columns are
     fetched into the L2 before the wait for the kernel before.
 
@@ -100,6 +100,8 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int) -> dict[str, int] | N
     cuBLAS's.
     """
     tiles = triton.cdiv(outputs, 64)
+    if h200 and rows > 112:
+        return None
     if rows > 64 and (inputs < 8192 or 2 * tiles > _MULTIPROCESSORS):
         return None
 
@@ -159,7 +161,7 @@ def skinny_product(
         return None
     if rows == 1:
         return one_row(x, weight, bias=bias, residual=residual, **_one_row_launch(outputs, inputs, is_h200(x.device)))
-    launch = _few_rows_launch(rows, outputs, inputs)
+    launch = _few_rows_launch(rows, outputs, inputs, is_h200(x.device))
     if launch is None:
         return None
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
@@ -180,7 +182,9 @@ def split_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     order; None where the product is not computed in splits.
     """
     rows, (outputs, inputs) = len(x), weight.shape
-    launch = _few_rows_launch(rows, outputs, inputs) if rows > 1 and _is_skinny(x, weight) else None
+    if rows <= 1 or not _is_skinny(x, weight):
+        return None
+    launch = _few_rows_launch(rows, outputs, inputs, is_h200(x.device))
     if launch is None or launch["SPLITS"] == 1:
         return None
     parts = torch.empty(launch["SPLITS"], rows, outputs, dtype=torch.float32, device=x.device)
