@@ -97,12 +97,10 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int, h200: bool) -> dict[s
 
     The splits give every multiprocessor something to read: one or two programs with five tiles under way, or several
     with three. Past 16 rows the tiles of x leave room for one with five, and past 64 only a long sum is faster than
-    cuBLAS's.
+    cuBLAS's: of 128 rows not on an H200, where a step of 128 requests takes 1.4 to 2.2 % less with cuBLAS's.
     """
     tiles = triton.cdiv(outputs, 64)
-    if h200 and rows > 112:
-        return None
-    if rows > 64 and (inputs < 8192 or 2 * tiles > _MULTIPROCESSORS):
+    if rows > 64 and (inputs < 8192 or 2 * tiles > _MULTIPROCESSORS or (h200 and rows > 112)):
         return None
 
     def launch(block_in: int, stages: int, splits: int) -> dict[str, int]:

@@ -25,7 +25,7 @@ CASE = Case(rows=19, outputs=200, inputs=1160, bias=True)
     ],
 )
 def test_every_launch_gives_the_same_function(monkeypatch, rows, outputs, inputs):
-    launch = linear._few_rows_launch(rows, outputs, inputs)
+    launch = linear._few_rows_launch(rows, outputs, inputs, h200=False)
     monkeypatch.setattr(linear, "_few_rows_launch", lambda *sizes: launch)
     monkeypatch.setattr(linear, "_is_skinny", lambda *arguments: True)  # of float32 too, the stricter judge
     report = linear.OP.check("skinny", [CASE], dtypes=[torch.float16, torch.float32])
@@ -33,9 +33,9 @@ def test_every_launch_gives_the_same_function(monkeypatch, rows, outputs, inputs
 
 
 @pytest.mark.parametrize("h200", [False, True])
-@pytest.mark.parametrize("outputs", [3584, 152064])
-def test_every_launch_for_one_row_gives_the_same_function(monkeypatch, outputs, h200):
-    launch = linear._one_row_launch(outputs, 3584, h200)
+@pytest.mark.parametrize("outputs, inputs", [(3584, 3584), (3584, 18944), (152064, 3584)])
+def test_every_launch_for_one_row_gives_the_same_function(monkeypatch, outputs, inputs, h200):
+    launch = linear._one_row_launch(outputs, inputs, h200)
     monkeypatch.setattr(linear, "_one_row_launch", lambda *sizes: launch)
     report = linear.OP.check("skinny", [Case(rows=1, outputs=11, inputs=1160, bias=True)], dtypes=[torch.float32])
     assert report.ok, f"\n{report}"
@@ -45,7 +45,7 @@ def test_no_launch_has_more_splits_than_steps():
     for rows in (2, 16, 17, 35, 64):
         for outputs in (64, 1152, 3584, 4608, 152064):
             for inputs in (64, 896, 18944):
-                launch = linear._few_rows_launch(rows, outputs, inputs)
+                launch = linear._few_rows_launch(rows, outputs, inputs, h200=False)
                 assert launch is None or 1 <= launch["SPLITS"] <= max(1, inputs // launch["BLOCK_IN"])
 
 
@@ -55,10 +55,16 @@ def test_every_launch_fits_the_shared_memory_of_a_multiprocessor():
     for rows in (2, 16, 17, 32, 33, 40, 41, 64, 65, 128):
         for outputs in (64, 896, 1152, 3584, 4608, 9728, 10240, 37888, 152064):
             for inputs in (896, 3584, 18944):
-                if launch := linear._few_rows_launch(rows, outputs, inputs):
+                if launch := linear._few_rows_launch(rows, outputs, inputs, h200=False):
                     tile = (max(16, triton.next_power_of_2(rows)) + launch["BLOCK_OUT"]) * launch["BLOCK_IN"]
                     kib.append(launch["STAGES"] * tile * torch.bfloat16.itemsize / 1024)
     assert 128 < max(kib) <= 227
+
+
+def test_an_h200_leaves_the_most_rows_to_cublas():
+    for h200, most in ((False, linear.SKINNY_ROWS), (True, 112)):
+        ours = [rows for rows in range(2, 129) if linear._few_rows_launch(rows, 3584, 18944, h200)]
+        assert ours == list(range(2, most + 1))
 
 
 def test_the_products_behind_attention_and_behind_gate_and_up_ask_for_a_carve_out(monkeypatch):
