@@ -118,7 +118,7 @@ def _gates_and_ups() -> tuple[Launch, ...]:
 
 
 def _one_row() -> tuple[Launch, ...]:
-    tiles = grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(256, 512), UNROLL=(2, 4), num_warps=(1,))
+    tiles = grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(256, 512), UNROLL=(2, 4, 8), num_warps=(1,))
     tiles += grid(BLOCK_OUT=(1, 2, 4), BLOCK_IN=(512, 1024), UNROLL=(2, 4), num_warps=(2,))
     tiles += grid(BLOCK_OUT=(1, 2), BLOCK_IN=(1024, 2048), UNROLL=(2, 4), num_warps=(4,))
     return tiles + grid(BLOCK_OUT=(4,), BLOCK_IN=(512,), UNROLL=(2, 4), num_warps=(4,))

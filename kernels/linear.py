@@ -69,9 +69,9 @@ def _one_row_launch(outputs: int, inputs: int, h200: bool) -> dict[str, int]:
 
     A short row is one tile, which is there when x is. Where there are more programs than a GPU runs at once (32 of one
     warp on a multiprocessor), a program takes several outputs. AHEAD is for long rows: the first tiles of all programs
-    are then too little to keep the memory busy until x is there. carve_out is for those of o and down: a step of
-    `python -m bench.engine --cases 1` takes 4.81 ms on an H100, and took 5.08 without (an H200 has not tried it). The
-    head would be slower by itself.
+    are then too little to keep the memory busy until x is there. An H200 has it busy with more tiles a turn of the loop
+    instead. carve_out is for the products of o and down: a step of `python -m bench.engine --cases 1` takes 4.81 ms on
+    an H100, and took 5.08 without (an H200 has not tried it). The head would be slower by itself.
     """
 
     def launch(block_out: int, block_in: int, unroll: int, warps: int, **more: int) -> dict[str, int]:
@@ -97,7 +97,7 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int, h200: bool) -> dict[s
 
     The splits give every multiprocessor something to read: one or two programs with five tiles under way, or several
     with three. Past 16 rows the tiles of x leave room for one with five, and past 64 only a long sum is faster than
-    cuBLAS's: of 128 rows not on an H200, where a step of 128 requests takes 1.4 to 2.2 % less with cuBLAS's.
+    cuBLAS's. On an H200 that of 128 rows is none the faster, and the step of 128 requests the slower.
     """
     tiles = triton.cdiv(outputs, 64)
     if rows > 64 and (inputs < 8192 or 2 * tiles > _MULTIPROCESSORS or (h200 and rows > 112)):
