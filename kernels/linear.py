@@ -97,7 +97,7 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int, h200: bool) -> dict[s
 
     The splits give every multiprocessor something to read: one or two programs with five tiles under way, or several
     with three. Past 16 rows the tiles of x leave room for one with five, and past 64 only a long sum is faster than
-    cuBLAS's. On an H200 that of 128 rows is none the faster, and the step of 128 requests the slower.
+    cuBLAS's. On an H200 that of 128 rows is no faster, and a step of 128 requests is slower with it.
     """
     tiles = triton.cdiv(outputs, 64)
     if rows > 64 and (inputs < 8192 or 2 * tiles > _MULTIPROCESSORS or (h200 and rows > 112)):
