@@ -31,10 +31,10 @@ from .config import EngineConfig
 from .detokenizer import Detokenizer
 from .kv_cache import allocate_cache, num_blocks_that_fit
 from .model_graph import ModelGraphRunner
-from .model_runner import ModelRunner, Step
+from .model_runner import ModelRunner, Step, StepResult
 from .outputs import Generations, RequestOutput, StepOutput, Timings, Usage
 from .prompt import Prompt, encode, is_chat, one_or_several
-from .scheduler import Scheduler
+from .scheduler import Batch, Scheduler
 from .sequence import Sequence, Status
 from .stats import EngineStats
 
@@ -360,17 +360,21 @@ class InferenceEngine:
         assert batch or previous, "requests wait and none can be served"
         if batch:
             step = self.runner.launch(batch, previous)
+        due = previous if self._async else step
+        # The books come after the wait: where that is interrupted, they know of no step whose tokens nobody has read,
+        # and the next call makes this one again.
+        result = None if due is None else due.result()
+        if batch:
             self.scheduler.advance(batch)
         if self._async:
-            self._launched, step = step, previous
-        if step is not None:
-            self._take_in(step)
+            self._launched = step
+        if due is not None:
+            self._take_in(due.batch, result)
         if not self.has_work:
             self._launched = None  # nobody waits for what a step has computed that was launched too many
 
-    def _take_in(self, step: Step) -> None:
+    def _take_in(self, batch: Batch, result: StepResult) -> None:
         """Enters what a step has computed, and sends it on."""
-        batch, result = step.batch, step.result()
         taken = self.scheduler.update(batch, result.tokens)
         for chunk in batch.chunks:
             if (entries := result.prompt_logprobs.get(chunk.seq.id)) is not None:

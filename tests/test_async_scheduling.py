@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
 import pytest
 from microvllm import InferenceEngine, SamplingParams
+from microvllm.engine.model_runner import Step
 from microvllm.engine.outputs import RequestOutput
 from microvllm.model.logprobs import Logprobs
 
@@ -74,6 +76,35 @@ def test_the_outputs_are_equal(folder, num_blocks):
         assert (got[i].token_ids, got[i].finish_reason) == (expected[i].token_ids, expected[i].finish_reason)
         for name in ("logprobs", "prompt_logprobs"):
             assert numbers(getattr(got[i], name)) == pytest.approx(numbers(getattr(expected[i], name)), abs=1e-4)
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["in step", "a step behind"])
+def test_an_interrupt_while_the_device_is_waited_for_loses_no_token(folder, monkeypatch, behind):
+    """Whichever step it is: in that of another call, which ends by it, the streams that are open go on."""
+    engine = InferenceEngine(
+        folder, device="cpu", progress=False, async_scheduling=behind, num_blocks=64, block_size=16, max_batch_size=4
+    )
+    options = {"max_tokens": 12, "temperature": 0.8, "seed": 3, "frequency_penalty": 0.5, "logprobs": 1}
+    whole = [token for token, _ in engine.stream_generate([7] * 20, **options)]
+    result = Step.result
+    for last in range(1, 8):
+        calls = itertools.count(1)
+
+        def interrupted(step, calls=calls, last=last):
+            if next(calls) == last:
+                raise KeyboardInterrupt
+            return result(step)
+
+        stream = engine.stream_generate([7] * 20, **options)
+        tokens = [next(stream)[0], next(stream)[0]]
+        with monkeypatch.context() as patched:
+            patched.setattr(Step, "result", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate([[5] * 40], max_tokens=20)
+        tokens += [token for token, _ in stream]
+        assert tokens == whole
+        engine.cache_manager.check()
+        assert engine.cache_manager.num_used == 0 and not engine.has_work
 
 
 def numbers(entries: list[Logprobs | None] | None) -> list[float]:
