@@ -110,6 +110,7 @@ class AsyncEngine:
         self.stats: EngineStats = engine.stats()
         self.error: DeadError | None = None
         self.draining = False
+        self._stopped: DeadError | None = None
         self._listener = listener
         self._open = 0  # requests from their submission to their end
         self._streams: set[Stream] = set()
@@ -128,14 +129,16 @@ class AsyncEngine:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the threads; what is still open fails. A step that does not end is left to end with the process."""
+        """Ends the threads; what is still open fails, and so does what is asked for from now on. A step that does not
+        end is left to end with the process.
+        """
+        self._stopped = DeadError("the engine has stopped")
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join, STOP_SECONDS)
         self._encoder.shutdown(wait=False, cancel_futures=True)
-        stopped = DeadError("the engine has stopped")
         for stream in self._streams:
-            stream._fail(stopped)
-        self._fail_snapshot(stopped)
+            stream._fail(self._stopped)
+        self._fail_snapshot(self._stopped)
 
     async def submit(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Stream:
         """Takes in each prompt with each of params; request i·len(params) + j is prompt i with params j.
@@ -174,8 +177,7 @@ class AsyncEngine:
 
     async def snapshot(self) -> EngineSnapshot:
         """The engine between two steps; DeadError where it is dead. All who wait for one get the same."""
-        if self.error is not None:
-            raise self.error
+        self._check_alive()
         if self._snapshot is None:
             self._snapshot = self._loop.create_future()
             self._commands.put(self._take_snapshot)
@@ -195,11 +197,16 @@ class AsyncEngine:
         await self._died.wait()
 
     async def _in_encoder(self, function: Callable[..., T], *arguments: object) -> T:
+        if self._stopped is not None:
+            raise self._stopped
         return await self._loop.run_in_executor(self._encoder, function, *arguments)
 
+    def _check_alive(self) -> None:
+        if error := self.error or self._stopped:
+            raise error
+
     def _check_open(self) -> None:
-        if self.error is not None:
-            raise self.error
+        self._check_alive()
         if self.draining:
             raise DrainingError("the server is shutting down")
 

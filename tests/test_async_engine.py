@@ -247,6 +247,29 @@ def test_a_drain_aborts_what_is_not_done_in_time(engine):
     assert 0 < len(outputs[0].token_ids) < 100
 
 
+def test_what_comes_to_an_engine_that_has_stopped_fails_and_is_not_left_waiting(engine):
+    encode, encoding, stopped = engine.encode, threading.Event(), threading.Event()
+
+    def slow_encode(prompt):
+        encoding.set()
+        assert stopped.wait(10)
+        return encode(prompt)
+
+    engine.encode = slow_encode
+
+    async def work(running):
+        under_way = asyncio.create_task(running.submit(["hello"], [SamplingParams(max_tokens=5)]))
+        await asyncio.to_thread(encoding.wait, 10)
+        await running.stop()
+        stopped.set()
+        for call in (under_way, running.submit(["hi"], [SamplingParams()]), running.snapshot(), running.decode([1])):
+            with pytest.raises(DeadError, match="the engine has stopped"):
+                await asyncio.wait_for(call, 10)
+        return running.error
+
+    assert run(engine, work) is None  # it has not died
+
+
 def test_a_step_that_fails_ends_every_stream_and_everything_after_it(engine):
     async def work(running):
         streams = [await running.submit([ids(5)], [SamplingParams(max_tokens=100)]) for _ in range(3)]
