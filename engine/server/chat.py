@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -32,7 +33,10 @@ async def complete_chat(body: ChatRequest, served: ServedModel, receive: Receive
     answer = _Answer(body, served, stream, head, len(params))
     if body.stream:
         return EventStream(stream, answer.events())
-    return answer.whole(await served.outputs(stream, receive))
+    outputs = await served.outputs(stream, receive)
+    if body.logprobs:  # of many tokens this is too much to write for the event loop
+        return await asyncio.to_thread(answer.whole, outputs)
+    return answer.whole(outputs)
 
 
 class _Answer:

@@ -33,7 +33,7 @@ async def complete(body: CompletionRequest, served: ServedModel, receive: Receiv
     if body.stream:
         return EventStream(stream, answer.events())
     outputs = await served.outputs(stream, receive)
-    if body.echo and body.logprobs is not None:  # of a long prompt this is too much to write for the event loop
+    if body.logprobs is not None:  # of many tokens this is too much to write for the event loop
         return await asyncio.to_thread(answer.whole, outputs)
     return answer.whole(outputs)
 

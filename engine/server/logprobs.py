@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
+from typing import Any
 
 from ...model.logprobs import Logprobs
 from ...model.tokenizer import Tokenizer
@@ -95,15 +96,15 @@ class CompletionLogprobsWriter:
 def chat_logprobs(tokenizer: Tokenizer | None, entries: Iterable[Logprobs], top: int) -> ChatLogprobs:
     """top: how many of the likeliest were asked for"""
 
-    def shown(token_id: int, logprob: float) -> TopLogprob:
+    def shown(token_id: int, logprob: float) -> dict[str, Any]:
         data = _token_bytes(tokenizer, token_id)
-        return TopLogprob(token=data.decode(errors="replace"), logprob=logprob, bytes=list(data))
+        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
 
     return ChatLogprobs(
         content=[
             TokenLogprob(
-                **shown(entry.token_id, entry.logprob).model_dump(),
-                top_logprobs=[shown(*pair) for pair in entry.top[:top]],
+                **shown(entry.token_id, entry.logprob),
+                top_logprobs=[TopLogprob(**shown(*pair)) for pair in entry.top[:top]],
             )
             for entry in entries
         ]

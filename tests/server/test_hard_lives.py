@@ -18,7 +18,7 @@ import httpx
 import pytest
 import uvicorn
 from microvllm.engine.outputs import RequestOutput
-from microvllm.engine.server import events, patience
+from microvllm.engine.server import chat, completions, events, patience
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
@@ -287,6 +287,29 @@ def test_the_event_loop_waits_for_nobody(make_engine):
         assert server.post("/tokenize", {"prompt": "a"}).json()["count"] == 1
         watching.cancel()
         assert 0 < stalls.longest < 0.25
+
+
+@pytest.mark.parametrize(
+    "path, writer", [("/v1/completions", completions), ("/v1/chat/completions", chat)], ids=["text", "chat"]
+)
+def test_the_event_loop_does_not_write_log_probabilities(make_engine, monkeypatch, path, writer):
+    """Those of many tokens take seconds."""
+    threads = []
+    write = writer._Answer.whole
+
+    async def this_thread():
+        return threading.current_thread()
+
+    def watched(answer, outputs):
+        threads.append(threading.current_thread())
+        return write(answer, outputs)
+
+    monkeypatch.setattr(writer._Answer, "whole", watched)
+    with serving(make_engine()) as server:
+        asked = {"logprobs": True, "top_logprobs": 3} if writer is chat else {"logprobs": 3}
+        assert server.post(path, ROUTES[path] | asked | {"max_tokens": 2}).status_code == 200
+        loop = asyncio.run_coroutine_threadsafe(this_thread(), server.running._loop).result()
+    assert len(threads) == 1 and threads[0] is not loop
 
 
 class TestDeath:
