@@ -30,18 +30,26 @@ def _words(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 _PRE_TOKENIZERS = {
-    "default": _BYTE_LEVEL,
     "gpt-2": _BYTE_LEVEL,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTE_LEVEL]),
     "qwen2": _words(_QWEN2_WORDS),
     "llama-bpe": _words(_LLAMA3_WORDS),
 }
+_OF_ARCHITECTURE = {"qwen2": "qwen2", "qwen3": "qwen2"}
+"""Of files that were written before there was such a key; where an architecture has had several, none is taken."""
+
+_ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>")
+"""Control tokens that end a text or a turn whether a key names them or not: a file names one, and a model may know two
+(llama.cpp, src/llama-vocab.cpp)."""
 
 
 def eos_token_ids(metadata: Mapping[str, Any]) -> frozenset[int]:
     """The tokens that end a text or a turn."""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return frozenset(metadata[key] for key in keys if key in metadata)
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    named = {metadata[key] for key in keys if key in metadata}
+    tokens, types = (metadata.get(f"tokenizer.ggml.{name}", []) for name in ("tokens", "token_type"))
+    known = {tokens.index(end) for end in _ENDS if end in tokens}
+    return frozenset(named | {token for token in known if types[token : token + 1] == [TokenType.CONTROL]})
 
 
 def build(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
@@ -74,7 +82,9 @@ def build(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
 
 def _byte_level(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Byte-pair encoding of bytes, by merges."""
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = metadata.get("tokenizer.ggml.pre") or _OF_ARCHITECTURE.get(metadata.get("general.architecture"))
+    if pre is None:
+        raise ValueError("the GGUF metadata has no tokenizer.ggml.pre, and so not how a text is cut into words")
     if pre not in _PRE_TOKENIZERS:
         raise ValueError(f"GGUF pre-tokenizer {pre!r} is not supported; supported are {', '.join(_PRE_TOKENIZERS)}")
     tokens, types = _of_each_token(metadata, "tokens", "token_type")

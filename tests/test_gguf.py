@@ -286,4 +286,4 @@ def test_smollm2():
     config = open_checkpoint("smollm2").config
     assert (config.architecture, config.num_layers, config.hidden_size, config.num_heads) == ("llama", 30, 576, 9)
     assert (config.num_kv_heads, config.head_dim, config.max_length, config.tied_head) == (3, 64, 8192, True)
-    assert (config.rope.theta, config.rms_norm_eps, config.eos_token_ids) == (100000.0, 1e-5, {2})
+    assert (config.rope.theta, config.rms_norm_eps, config.eos_token_ids) == (100000.0, 1e-5, {0, 2})

@@ -87,7 +87,7 @@ def smollm2_bytes(smollm2):
 @needs_smollm2
 class TestSmolLM2:
     def test_facts(self, smollm2):
-        assert (smollm2.vocab_size, smollm2.eos_token_ids, smollm2.strips_leading_space) == (49152, {2}, False)
+        assert (smollm2.vocab_size, smollm2.eos_token_ids, smollm2.strips_leading_space) == (49152, {0, 2}, False)
         assert smollm2.encode("<|endoftext|><|im_start|><|im_end|>") == [0, 1, 2]
         assert smollm2.encode("") == []
         assert len(smollm2.encode("Hello")) == 1
@@ -172,7 +172,6 @@ def test_refuses_chat_without_a_template():
     "pre, expected",
     [
         ("gpt-2", ["12", "12", "a"]),
-        ("default", ["12", "12", "a"]),
         ("smollm", ["1", "2", "1", "2", "a"]),
         ("qwen2", ["1", "2", "1", "2", "a"]),
         ("llama-bpe", ["12", "1", "2", "a"]),
@@ -191,6 +190,24 @@ def test_pre_tokenizer_of_qwen2():
     composed = tokenizer.encode("é")
     assert tokenizer.encode("e\u0301") == composed and tokenizer.decode(composed) == "é"  # NFC
     assert from_metadata("gpt-2").encode("e\u0301") != composed
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+def test_a_file_older_than_the_key_has_the_pre_tokenizer_of_its_architecture(architecture):
+    metadata = byte_level_metadata(None, ["1 2"]) | {"general.architecture": architecture}
+    del metadata["tokenizer.ggml.pre"]
+    if architecture == "llama":  # Llama 2 and 3, SmolLM and others
+        with pytest.raises(ValueError, match=r"has no tokenizer\.ggml\.pre, and so not how a text is cut into words"):
+            Tokenizer.from_gguf(metadata)
+    else:
+        assert pieces(Tokenizer.from_gguf(metadata), "12a") == ["1", "2", "a"]
+
+
+def test_every_token_that_ends_a_text_is_known():
+    special = [("<|endoftext|>", CONTROL), ("<|im_end|>", CONTROL), ("</s>", NORMAL), ("<|im_start|>", CONTROL)]
+    assert from_metadata("qwen2", (), special, **{"ggml.eos_token_id": 257}).eos_token_ids == {256, 257}
+    assert from_metadata("qwen2", (), special, **{"ggml.eom_token_id": 5}).eos_token_ids == {5, 256, 257}
+    assert from_metadata("qwen2").eos_token_ids == set()
 
 
 def test_llama3_takes_a_word_in_the_vocabulary_whole():
@@ -233,8 +250,9 @@ def test_special_and_added_tokens():
         ({"ggml.model": "bert"}, "GGUF tokenizer 'bert' is not supported; supported are 'gpt2' and 'llama'"),
         (
             {"ggml.pre": "tekken"},
-            "GGUF pre-tokenizer 'tekken' is not supported; supported are default, gpt-2, smollm, ",
+            "GGUF pre-tokenizer 'tekken' is not supported; supported are gpt-2, smollm, ",
         ),
+        ({"ggml.pre": "default"}, "GGUF pre-tokenizer 'default' is not supported"),
         ({"ggml.merges": ["q z"]}, "the GGUF metadata's merges do not fit its tokens"),
         ({"ggml.merges": ["qz"]}, "the GGUF metadata's merges do not fit its tokens"),
         ({"ggml.token_type": [1]}, "256 tokens and 1 entries of token_type"),
