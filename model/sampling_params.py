@@ -40,7 +40,7 @@ INTEGERS = {
     "prompt_logprobs": Bounds(0, MAX_LOGPROBS),
 }
 NUMBERS = {
-    "temperature": Bounds(0.0),
+    "temperature": Bounds(0.0, 1e5),
     "top_p": Bounds(0.0, 1.0, open_below=True),
     "min_p": Bounds(0.0, 1.0),
     "repetition_penalty": Bounds(0.01, 100.0),
@@ -59,7 +59,8 @@ class SamplingParams:
     """Validated when made; a ValueError names the field, the value and what is allowed.
 
     max_tokens:          tokens to generate at most; fewer where the model's longest text ends
-    temperature:         0 takes the likeliest token, 1 draws from the model's own distribution
+    temperature:         0 takes the likeliest token, 1 draws from the model's own distribution, and 100000, which is
+                         the most, from all tokens alike
     top_k:               draw among the k likeliest; 0 is off
     top_p:               draw among the fewest likeliest whose probability reaches p; 1 is off
     min_p:               draw among those at least min_p times as likely as the likeliest; 0 is off

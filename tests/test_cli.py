@@ -106,7 +106,7 @@ class TestBadOptions:
         "options, message",
         [
             (["--max-tokens", "0"], "max_tokens=0 must be an integer of at least 1"),
-            (["--temperature", "-1"], "temperature=-1.0 must be a number at least 0"),
+            (["--temperature", "-1"], "temperature=-1.0 must be a number at least 0 and at most 100000"),
             (["--top-p", "0"], "top_p=0.0 must be a number over 0 and at most 1"),
             (["--top-k", "-1"], "top_k=-1 must be an integer from 0 to 2147483647"),
             (["--stop", ""], "stop=[''] must be a string or several, none of them empty"),
