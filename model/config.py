@@ -47,6 +47,7 @@ class ModelConfig:
             raise ValueError(
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads evenly"
             )
+        object.__setattr__(self, "rms_norm_eps", _number("rms_norm_eps", self.rms_norm_eps))
         if self.head_dim % 2:
             raise ValueError(f"rotary embedding pairs the elements of a head, and head_dim is {self.head_dim}: odd")
 
@@ -66,16 +67,19 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """From the contents of a Hugging Face `config.json`; ValueError names what is missing or not supported."""
         names = config.get("architectures") or ["(none)"]
-        if len(names) != 1 or names[0] not in ARCHITECTURES:
-            raise ValueError(
-                f"architecture {', '.join(names)} is not supported; supported are {', '.join(ARCHITECTURES)}"
-            )
+        if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
+            named = ", ".join(map(str, names)) if isinstance(names, list) else repr(names)
+            raise ValueError(f"architecture {named} is not supported; supported are {', '.join(ARCHITECTURES)}")
         architecture = ARCHITECTURES[names[0]]
         _refuse_unsupported(config, architecture)
         try:
             heads = config["num_attention_heads"]
             hidden_size = config["hidden_size"]
-            max_position = config["max_position_embeddings"]
+            max_position, tied_head = config["max_position_embeddings"], config.get("tie_word_embeddings") or False
+            if not isinstance(max_position, int) or max_position < 1:
+                raise ValueError(f"max_position_embeddings must be a positive integer, and it is {max_position!r}")
+            if not isinstance(tied_head, bool):
+                raise ValueError(f"tie_word_embeddings must be true or false, and it is {tied_head!r}")
             rope, max_length = _rope_from_hf(config, max_position)
             return cls(
                 architecture=architecture,
@@ -86,15 +90,21 @@ class ModelConfig:
                 num_heads=heads,
                 num_kv_heads=config.get("num_key_value_heads") or heads,
                 head_dim=config.get("head_dim") or default_head_dim(hidden_size, heads),
-                rms_norm_eps=float(config["rms_norm_eps"]),
+                rms_norm_eps=config["rms_norm_eps"],
                 max_length=max_length,
                 rope=rope,
-                tied_head=bool(config.get("tie_word_embeddings", False)),
+                tied_head=tied_head,
                 dtype=_dtype(config.get("dtype") or config.get("torch_dtype") or "float32"),
                 eos_token_ids=token_ids(config.get("eos_token_id")),
             )
         except KeyError as missing:
             raise ValueError(f"config.json has no {missing}") from None
+
+
+def _number(name: str, value: Any, least: float = 0.0) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least {least:g}, and it is {value!r}")
+    return float(value)
 
 
 def default_head_dim(hidden_size: int, num_heads: int) -> int:
@@ -105,10 +115,12 @@ def default_head_dim(hidden_size: int, num_heads: int) -> int:
 
 
 def token_ids(value: int | list[int] | None) -> frozenset[int]:
-    """The token ids in a config's `eos_token_id`, which is absent, a number or a list."""
-    if value is None:
-        return frozenset()
-    return frozenset(value if isinstance(value, list) else [value])
+    """The token ids in a config's `eos_token_id`, which is absent, a number or a list; ValueError for anything else."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise ValueError(f"eos_token_id must be a token id or several, and it is {value!r}")
+    return frozenset(ids)
 
 
 def _refuse_unsupported(config: Mapping[str, Any], architecture: str) -> None:
@@ -131,8 +143,13 @@ def _rope_from_hf(config: Mapping[str, Any], max_position: int) -> tuple[RopeCon
 
     transformers 5 writes `rope_parameters`; before it, `rope_theta` and `rope_scaling`.
     """
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        parameters = config.get(key) or {}
+        if not isinstance(parameters, Mapping):
+            raise ValueError(f"{key} must be an object, and it is {parameters!r}")
+        rope |= parameters
+    theta = _number("rope_theta", rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise ValueError("a rotary embedding of part of a head (partial_rotary_factor) is not supported")
     scaling = rope.get("rope_type") or rope.get("type") or "default"
@@ -140,15 +157,14 @@ def _rope_from_hf(config: Mapping[str, Any], max_position: int) -> tuple[RopeCon
         return RopeConfig(theta), max_position
     if scaling not in ("linear", "llama3", "yarn"):
         raise ValueError(f"RoPE scaling {scaling!r} is not supported; supported are none, linear, llama3 and yarn")
-    factor = rope["factor"]
-    if not isinstance(factor, (int, float)) or factor < 1:
-        raise ValueError(f"RoPE scaling's factor must be at least 1, and it is {factor!r}")
-    factor = float(factor)
+    factor = _number("RoPE scaling's factor", rope["factor"], least=1)
     if scaling == "linear":
         return RopeConfig(theta, "linear", factor), max_position
-    original = int(rope.get("original_max_position_embeddings") or max_position)
+    original = int(
+        _number("RoPE's original length", rope.get("original_max_position_embeddings") or max_position, least=1)
+    )
     if scaling == "llama3":
-        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        low, high = (_number(f"RoPE's {name}", rope[name]) for name in ("low_freq_factor", "high_freq_factor"))
         if low >= high:
             raise ValueError(f"RoPE's low_freq_factor {low} must be under its high_freq_factor {high}")
         return RopeConfig(theta, "llama3", factor, original, low, high), max_position
@@ -157,8 +173,8 @@ def _rope_from_hf(config: Mapping[str, Any], max_position: int) -> tuple[RopeCon
         "yarn",
         factor,
         original,
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
+        beta_fast=_number("RoPE's beta_fast", rope.get("beta_fast") or 32),
+        beta_slow=_number("RoPE's beta_slow", rope.get("beta_slow") or 1),
         truncate=bool(rope.get("truncate", True)),
         attention_factor=_yarn_attention_factor(rope, factor),
     )
@@ -169,18 +185,18 @@ def _rope_from_hf(config: Mapping[str, Any], max_position: int) -> tuple[RopeCon
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
     """The paper's 0.1 · ln(factor) + 1 (arXiv:2309.00071, eq. 22), unless the checkpoint names its own."""
     if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
+        return _number("RoPE's attention_factor", rope["attention_factor"])
 
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0
+    def mscale(weight: Any) -> float:
+        return 0.1 * _number("RoPE's mscale", weight) * math.log(factor) + 1.0
 
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         return mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
     return mscale(1.0)
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype(name: Any) -> torch.dtype:
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if name not in dtypes:
+    if name not in list(dtypes):
         raise ValueError(f"dtype {name!r} is not supported; supported are {', '.join(dtypes)}")
     return dtypes[name]

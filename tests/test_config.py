@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from microvllm.model.config import ModelConfig
@@ -71,8 +73,8 @@ def test_scaling_lengthens_the_context():
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention"),
         ({"architectures": ["LlamaForCausalLM"], "sliding_window": 8}, "sliding_window=8"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be at least 1, and it is 0.5"),
-        ({"rope_scaling": {"type": "linear", "factor": None}}, "factor must be at least 1, and it is None"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be a number of at least 1, and it is 0.5"),
+        ({"rope_scaling": {"type": "linear", "factor": None}}, "factor must be a number of at least 1, and it is None"),
         ({"rope_scaling": {"type": "linear"}}, "config.json has no 'factor'"),
         (
             {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}},
@@ -87,6 +89,20 @@ def test_scaling_lengthens_the_context():
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads evenly"),
         ({"num_attention_heads": 0}, "has no 0 attention heads"),
         ({"num_attention_heads": "4"}, "has no '4' attention heads"),
+        ({"architectures": "Qwen2ForCausalLM"}, "architecture 'Qwen2ForCausalLM' is not supported"),
+        ({"architectures": [["Qwen2ForCausalLM"]]}, "is not supported; supported are Qwen2ForCausalLM"),
+        ({"rope_scaling": "yarn"}, "rope_scaling must be an object, and it is 'yarn'"),
+        ({"rope_scaling": {"type": "yarn", **YARN, "factor": math.inf}}, "factor must be a number .* it is inf"),
+        ({"rope_scaling": {"type": "yarn", **YARN, "beta_fast": "x"}}, "beta_fast must be a number .* it is 'x'"),
+        ({"rope_theta": math.nan}, "rope_theta must be a number of at least 0, and it is nan"),
+        ({"max_position_embeddings": None}, "max_position_embeddings must be a positive integer, and it is None"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a number of at least 0, and it is None"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps must be a number of at least 0, and it is -1"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a number of at least 0, and it is nan"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, and it is 'false'"),
+        ({"eos_token_id": "x"}, "eos_token_id must be a token id or several, and it is 'x'"),
+        ({"eos_token_id": [2, {}]}, r"eos_token_id must be a token id or several, and it is \[2, {}\]"),
+        ({"torch_dtype": ["float32"]}, r"dtype \['float32'\] is not supported"),
         ({"head_dim": 15}, "head_dim is 15: odd"),
         ({"vocab_size": -1}, "vocab_size must be a positive integer, and it is -1"),
         ({"num_hidden_layers": 2.5}, "num_layers must be a positive integer"),
