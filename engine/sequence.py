@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
+from ..model.occurrences import Occurrences
 from ..model.sampling_params import SamplingParams
 
 
@@ -25,6 +26,7 @@ class Sequence:
     num_cached:     tokens that were found in the prefix cache when it was first admitted, None before
     block_table:    its blocks of the cache, in order, while it runs
     streamed:       whether somebody reads its tokens as they are made; else only when all of them are there
+    occurrences:    of each of its tokens, counted where a penalty asks
     grammar:        the model.grammar.Grammar that its output follows, or None
     seed:           what its draws are a function of, together with the draw's number
     finish_reason:  "stop", "length", "abort" or "error", None before the end
@@ -43,6 +45,7 @@ class Sequence:
         "num_pending",
         "num_preemptions",
         "num_prompt",
+        "occurrences",
         "params",
         "prompt_logprobs",
         "seed",
@@ -75,6 +78,7 @@ class Sequence:
         self.streamed = streamed
         self.grammar = grammar
         self.arrival_time = arrival_time
+        self.occurrences = Occurrences()
         self.status = Status.WAITING
         self.finish_reason: str | None = None
         self.num_pending = 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from .grammar import Grammar, masks
@@ -12,24 +12,26 @@ from .sampling_row import SamplingRow
 from .transfer import to_device
 
 
-class _Edits:
-    """(row, token, value) triples, each place at most once, to be applied to logits in one go."""
+class _Places:
+    """Places (row, token) in logits, each at most once, and a value for each."""
 
     def __init__(self):
-        self.rows: list[int] = []
-        self.tokens: list[int] = []
-        self.values: list[float] = []
+        self._rows: list[np.ndarray] = []
+        self._tokens: list[np.ndarray] = []
+        self._values: list[np.ndarray] = []
 
-    def add(self, row: int, tokens: Iterable[int], values: Iterable[float]) -> None:
-        before = len(self.tokens)
-        self.tokens.extend(tokens)
-        self.values.extend(values)
-        self.rows.extend([row] * (len(self.tokens) - before))
+    def add(self, row: int, tokens: np.ndarray, values: np.ndarray | float) -> None:
+        """values: of each token, or of them all"""
+        self._rows.append(np.full(len(tokens), row, np.int64))
+        self._tokens.append(tokens)
+        self._values.append(np.broadcast_to(values, len(tokens)))
 
     def tensors(self, device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """((rows, tokens), values): an index into logits, and what belongs there."""
-        index = to_device([self.rows, self.tokens], torch.int64, device)
-        return (index[0], index[1]), to_device(self.values, torch.float32, device)
+        none = np.empty(0, np.int64)
+        rows, tokens, values = (np.concatenate([none, *parts]) for parts in (self._rows, self._tokens, self._values))
+        index = to_device(np.stack([rows, tokens]), torch.int64, device)
+        return (index[0], index[1]), to_device(values, torch.float32, device)
 
 
 def adjusts(row: SamplingRow) -> bool:
@@ -52,19 +54,21 @@ def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tens
     constrained = [i for i, row in enumerate(rows) if row.grammar is not None]
     if constrained:  # first: it says which texts are complete
         allowed = _allowed([rows[i].grammar for i in constrained], logits)
-    repeated, subtracted, added, forbidden = _Edits(), _Edits(), _Edits(), _Edits()
+    repeated, subtracted, counted, added, forbidden = (_Places() for _ in range(5))
     for i, row in enumerate(rows):
         p = row.params
-        if p.repetition_penalty != 1:
-            seen = set(row.token_ids)
-            repeated.add(i, seen, [p.repetition_penalty] * len(seen))
-        if p.presence_penalty or p.frequency_penalty:
-            counts = Counter(row.token_ids[row.num_prompt :])
-            subtracted.add(i, counts, [p.presence_penalty + p.frequency_penalty * n for n in counts.values()])
+        if _remembers(row):
+            tokens, times = map(np.array, row.occurrences.of(row.token_ids, row.num_prompt))
+            if p.repetition_penalty != 1:
+                repeated.add(i, tokens, p.repetition_penalty)
+            if p.presence_penalty or p.frequency_penalty:
+                tokens, times = tokens[times > 0], times[times > 0]
+                subtracted.add(i, tokens, p.presence_penalty + p.frequency_penalty * times)
+                counted.add(i, tokens, times)
         if p.logit_bias:
-            added.add(i, p.logit_bias, p.logit_bias.values())
+            added.add(i, np.array([*p.logit_bias]), np.array([*p.logit_bias.values()]))
         if _may_not_end(row):
-            forbidden.add(i, row.stop_token_ids, [float("-inf")] * len(row.stop_token_ids))
+            forbidden.add(i, np.array([*row.stop_token_ids], np.int64), -np.inf)
 
     original, logits = logits, logits.clone()
     place, penalty = repeated.tensors(logits.device)
@@ -80,7 +84,9 @@ def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tens
         assert newest is not None
         index = to_device(behind, torch.int64, logits.device)
         token = newest[index].clamp(min=0)  # a row without a token has ended
-        logits[index, token] = _of_newest(original[index, token], token, [rows[i] for i in behind])
+        (row, known), times = counted.tensors(logits.device)
+        times = torch.zeros(len(rows), device=logits.device).index_add_(0, row, times * (known == newest[row]))
+        logits[index, token] = _of_newest(original[index, token], token, times[index] + 1, [rows[i] for i in behind])
     if constrained:
         index = to_device(constrained, torch.int64, logits.device)
         logits[index] = logits[index].masked_fill(~allowed, -torch.inf)
@@ -109,11 +115,13 @@ def _repeated(logit: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
     return torch.where(logit > 0, logit / penalty, logit * penalty)
 
 
-def _of_newest(logit: torch.Tensor, token: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+def _of_newest(
+    logit: torch.Tensor, token: torch.Tensor, times: torch.Tensor, rows: Sequence[SamplingRow]
+) -> torch.Tensor:
     """The logit of each row's newest token, which only the device knows, after all that `adjust` does to it: step by
     step the same arithmetic, so that it makes no difference who knows a token.
 
-    logit [rows] float32, token [rows] int64
+    logit [rows] float32, token [rows] int64; times [rows], how often it stands in the output, this time too
     """
     params = [row.params for row in rows]
 
@@ -129,7 +137,6 @@ def _of_newest(logit: torch.Tensor, token: torch.Tensor, rows: Sequence[Sampling
         return padded(lists, -1, torch.int64) == token.unsqueeze(1)
 
     logit = _repeated(logit, column([p.repetition_penalty for p in params]))
-    times = among([row.token_ids[row.num_prompt :] for row in rows]).sum(1) + 1
     presence = column([p.presence_penalty for p in params], torch.float64)
     frequency = column([p.frequency_penalty for p in params], torch.float64)
     logit = logit - (presence + frequency * times).float()

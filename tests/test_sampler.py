@@ -12,6 +12,7 @@ from microvllm import KernelSet, SamplingParams
 from microvllm.kernels.sampling import _keep_top, gumbel_noise, sample_reference
 from microvllm.model.grammar import Grammar
 from microvllm.model.logprobs import TokenLogprobs
+from microvllm.model.occurrences import Occurrences
 from microvllm.model.penalties import adjust, adjusts
 from microvllm.model.sampler import Sampler
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -28,6 +29,7 @@ class Row:
     stop_token_ids: frozenset[int] = frozenset()
     num_pending: int = 0
     grammar: Grammar | None = None
+    occurrences: Occurrences = field(default_factory=Occurrences)
 
     @property
     def num_tokens(self) -> int:
@@ -329,7 +331,8 @@ def test_it_makes_no_difference_whether_the_host_or_the_device_knows_the_newest_
             "stop_token_ids": generator.choice([(), (1, 3)]),
         }
         known.append(row(output=output, **options))
-        pending.append(replace(known[-1], token_ids=known[-1].token_ids[:-1], num_pending=1))
+        fewer = known[-1].token_ids[:-1]
+        pending.append(replace(known[-1], token_ids=fewer, num_pending=1, occurrences=Occurrences()))
         newest.append(output[-1])
     logits = normal(200, 8)
     expected = adjust(logits, known, None)
