@@ -68,6 +68,8 @@ class KVCacheManager:
         None, and nothing is taken, where too few blocks are available
         """
         assert seq_id not in self._tables, f"sequence {seq_id} has blocks already"
+        if leave_free >= self.num_available:  # a sequence takes a block at least: no prefix need be looked for
+            return None
         shared = self._longest_prefix(token_ids) if reuse and self.prefix_caching else []
         new = self.blocks_for(len(token_ids)) - len(shared)
         revived = sum(block in self._evictable for block in shared)

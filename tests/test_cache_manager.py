@@ -166,6 +166,17 @@ def test_alloc_takes_all_or_nothing():
     cache.check()
 
 
+def test_where_no_block_is_left_no_prefix_is_looked_for():
+    """A request that waits for a block asks in every step, and its prompt may be long."""
+    hashed = []
+    cache = KVCacheManager(3, B, hash_function=lambda key: hashed.append(key) or 0)
+    cache.alloc(0, [0] * B)
+    cache.commit(0, [0] * B, B)
+    hashed.clear()
+    assert cache.alloc(1, [0] * (B + 1), leave_free=2) is None and not hashed
+    assert cache.alloc(1, [0] * (B + 1), leave_free=1) == B and hashed
+
+
 def test_append_gives_one_block_more_as_long_as_there_is_one():
     cache = KVCacheManager(2, B)
     cache.alloc(0, TEXT[:B])
