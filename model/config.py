@@ -143,13 +143,14 @@ def _rope_from_hf(config: Mapping[str, Any], max_position: int) -> tuple[RopeCon
 
     transformers 5 writes `rope_parameters`; before it, `rope_theta` and `rope_scaling`.
     """
-    rope: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        parameters = config.get(key) or {}
-        if not isinstance(parameters, Mapping):
-            raise ValueError(f"{key} must be an object, and it is {parameters!r}")
-        rope |= parameters
-    theta = _number("rope_theta", rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    scaled, parameters = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    for key, value in (("rope_scaling", scaled), ("rope_parameters", parameters)):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{key} must be an object, and it is {value!r}")
+    # Who adds rope_scaling to a config that has rope_parameters means it to count, and transformers has it so.
+    rope = scaled or parameters
+    bases = [place.get("rope_theta") for place in (rope, config, parameters)]
+    theta = _number("rope_theta", next(filter(None, bases), 10000.0))
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise ValueError("a rotary embedding of part of a head (partial_rotary_factor) is not supported")
     scaling = rope.get("rope_type") or rope.get("type") or "default"

@@ -55,6 +55,8 @@ def test_both_spellings_of_rope(scaling):
     oldest = BASE | {"rope_theta": 1e6, "rope_scaling": {"type": scaling["rope_type"], **scaling} | {"rope_type": None}}
     assert ModelConfig.from_hf(new) == ModelConfig.from_hf(old) == ModelConfig.from_hf(oldest)
     assert ModelConfig.from_hf(new).rope.theta == 1e6
+    plain = {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}  # the new one, and the old one added to it
+    assert ModelConfig.from_hf(BASE | plain | {"rope_scaling": scaling}) == ModelConfig.from_hf(new)
     assert ModelConfig.from_hf(new).rope.scaling == scaling["rope_type"]
 
 
