@@ -9,7 +9,8 @@ from pathlib import Path
 
 
 def kernel(text: str) -> str | Callable:
-    """The function that FILE.py:function names; any other text is an implementation's name, and stays.
+    """The function that FILE.py:function names; any other text is an implementation's name, and stays. What the file
+    imports may lie beside it.
 
     ValueError for a file that is not there or cannot be imported, and for a function that is not in it.
     """
@@ -25,6 +26,8 @@ def kernel(text: str) -> str | Callable:
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
         module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        if (folder := str(path.resolve().parent)) not in sys.path:
+            sys.path.append(folder)  # behind all others: a file there may have the name of a module that others import
         try:
             spec.loader.exec_module(module)
         except Exception as error:

@@ -213,8 +213,8 @@ def made_up(**changes) -> Comparison:
         "texts": (text,),
         "error": LogitError(0.5, 0.1),
         "rounding": LogitError(0.3, 0.08),
-        "ms_a": (10.0, 11.0, 10.5),
-        "ms_b": (9.0, 9.5, 9.6),
+        "ms_a": (10.0, 11.0, 10.5, 10.5, 10.5),
+        "ms_b": (9.0, 9.5, 9.6, 9.5, 9.5),
     }
     return Comparison(**{**fields, **changes})
 
@@ -227,11 +227,15 @@ class TestShown:
             "  '<b>hi'       3      2  1: '</pre>' / '&'          0.25     5.00e-01  1.00e-01",
             "  all logits: error 5.00e-01, rms 1.00e-01; one rounding more makes 3.00e-01, rms 8.00e-02; "
             "2 times that is allowed",
-            "  a token: a 10.5 ms (10 to 11), b 9.5 ms (9 to 9.6), b − a -1 ms (-1.5 to -0.9), over 3 turns each",
+            "  a token: a 10.5 ms (10 to 11), b 9.5 ms (9 to 9.6), b − a -1 ms (-1.5 to -0.9), over 5 turns each",
         ]
 
     def test_a_difference_within_the_spread_is_none(self):
-        assert "no difference in time beyond its spread (+4.8%)" in made_up(ms_b=(10.5, 10.0, 11.0)).verdict
+        assert "no difference in time beyond its spread (+4.8%)" in made_up(ms_b=(10.5, 10.0, 11.0, 11.0, 11.0)).verdict
+
+    def test_few_turns_say_nothing_of_speed(self):
+        words = made_up(ms_a=(10.0,) * 4, ms_b=(9.0,) * 4).verdict
+        assert "equal tokens, in fewer than 5 turns no word on its speed (rms" in words
 
     def test_in_a_notebook_with_all_text_escaped(self):
         html = made_up()._repr_html_()
@@ -241,14 +245,17 @@ class TestShown:
         path = made_up(error=LogitError(math.nan, math.nan)).save(tmp_path / "c.json")
         saved = json.loads(path.read_text(), parse_constant=pytest.fail)
         assert saved["kind"] == "comparison" and saved["ok"] is False and saved["error"]["largest"] is None
-        assert saved["texts"][0]["tokens_b"] == [1, 5, 3] and saved["ms_a"] == [10.0, 11.0, 10.5]
+        assert saved["texts"][0]["tokens_b"] == [1, 5, 3] and saved["ms_a"] == [10.0, 11.0, 10.5, 10.5, 10.5]
         assert {"date", "versions", "commit", "command"} <= saved.keys() and saved["device"] == "d"
 
     def test_as_a_picture(self):
         figure = made_up().plot()
         errors, times = figure.axes
         assert list(errors.lines[0].get_ydata()) == [0.1, 0.5, 0.2]
-        assert [list(line.get_ydata()) for line in times.lines] == [[10.0, 11.0, 10.5], [9.0, 9.5, 9.6]]
+        assert [list(line.get_ydata()) for line in times.lines] == [
+            [10.0, 11.0, 10.5, 10.5, 10.5],
+            [9.0, 9.5, 9.6, 9.5, 9.5],
+        ]
         assert figure._repr_png_().startswith(b"\x89PNG")
         assert len(made_up(ms_a=(), ms_b=()).plot().axes) == 1
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,26 @@ class TestCheck:
         done = subprocess.run([*words, *CASE], capture_output=True, text=True, env=environment)
         assert done.returncode == 0 and "2 right, 0 wrong" in done.stdout
         assert done.stderr == "no GPU here: Triton's interpreter runs what is written in Triton (TRITON_INTERPRET=1)\n"
+
+    @no_gpu
+    def test_what_lies_in_the_current_folder_is_in_nobodys_way(self, file, tmp_path):
+        for name in ("triton.py", "random.py"):
+            (tmp_path / name).write_text("raise SystemExit(7)")
+        (tmp_path / "beside.py").write_text("from helper import good")
+        (tmp_path / "helper.py").write_text(KERNELS)
+        for environment in ({}, {"TRITON_INTERPRET": "1"}):
+            kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
+            words = [Path(sys.executable).with_name("micro-vllm"), "kernels", "check", "beside.py:good"]
+            words += ["--op", "rms_norm", *CASE]
+            done = subprocess.run(words, capture_output=True, text=True, env=kept, cwd=tmp_path)
+            assert done.returncode == 0 and "2 right, 0 wrong" in done.stdout, done.stderr
+
+    @pytest.mark.parametrize("place", ["", "nowhere/r.html"])
+    def test_a_report_that_cannot_be_written_is_refused_before_the_work(self, file, tmp_path, capsys, place):
+        words = ["kernels", "check", f"{file}:bad", "--op", "rms_norm", *CASE, "--html", str(tmp_path / place)]
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 2 and "is no file that can be written" in capsys.readouterr().err
 
     def test_a_report(self, file, tmp_path, monkeypatch):
         monkeypatch.setattr(lab_page, "origin", lambda: {**origin(), "device": "the GPU beside it"})

@@ -80,7 +80,10 @@ def _add_html(parser: argparse.ArgumentParser) -> None:
 def _page_path(text: str) -> Path:
     if find_spec("matplotlib") is None:  # said before all the work, not behind it
         raise argparse.ArgumentTypeError('its pictures need matplotlib: pip install "micro-vllm[bench]"')
-    return Path(text)
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} is no file that can be written")
+    return path
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -194,7 +197,10 @@ def interpreted(options: argparse.Namespace) -> int | None:
     if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
         return None
     print("no GPU here: Triton's interpreter runs what is written in Triton (TRITON_INTERPRET=1)", file=sys.stderr)
-    command = [sys.executable, "-m", "microvllm.engine.cli", *options.arguments]
+    # Python would look for modules in the current folder first, and a kernel's file may be called triton.py.
+    elsewhere = "import sys; sys.path[:] = filter(None, sys.path)"
+    start = f"{elsewhere}; from microvllm.engine.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, *options.arguments]
     return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
 
 

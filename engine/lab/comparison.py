@@ -12,6 +12,8 @@ from ...kernels.finding import BAD, GOOD, Finding, Table, new_figure
 
 ALLOWED = 2
 """Times the error of one rounding, as for a single kernel in `kernels.check`."""
+FEWEST_TURNS = 5
+"""For a word on speed. Where nothing differs, so many turns all show the same sign in one comparison of 16."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ class Comparison(Finding):
         if self.delta is None:
             return ""
         share = self.delta.median / self.a.median
+        if len(self.ms_a) < FEWEST_TURNS:
+            return f", in fewer than {FEWEST_TURNS} turns no word on its speed"
         if self.delta.low <= 0 <= self.delta.high:
             return f", no difference in time beyond its spread ({share:+.1%})"
         return f", {abs(share):.1%} {'slower' if share > 0 else 'faster'}"
