@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import signal
 import sys
 
@@ -23,7 +24,7 @@ from .cli_options import (
 from .config import EngineConfig
 from .engine import InferenceEngine
 from .lab.cli import add_kernels_command
-from .outputs import RequestOutput
+from .outputs import RequestError, RequestOutput
 from .prompt import Prompt
 
 
@@ -31,7 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
     try:
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ValueError as error:
         print(f"micro-vllm: {error}", file=sys.stderr)
         return 2
@@ -108,7 +114,7 @@ def _generate(options: argparse.Namespace) -> int:
     if len(prompts) == 1:
         try:
             _, output = _answer(engine, prompts[0], params)
-        except RuntimeError as error:
+        except RequestError as error:
             print(f"micro-vllm: {error}", file=sys.stderr)
             return 1
         outputs = [output] if output else []
@@ -185,7 +191,7 @@ def _chat(options: argparse.Namespace) -> int:
             question = {"role": "user", "content": text}
             try:
                 answer, _ = _answer(engine, [*messages, question], params)
-            except (ValueError, RuntimeError) as error:  # the conversation goes on without the question
+            except (ValueError, RequestError) as error:  # the conversation goes on without the question
                 print(f"micro-vllm: {error} (/new starts over)", file=sys.stderr)
                 continue
             messages += [question, {"role": "assistant", "content": answer}]

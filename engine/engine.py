@@ -32,7 +32,7 @@ from .detokenizer import Detokenizer
 from .kv_cache import allocate_cache, num_blocks_that_fit
 from .model_graph import ModelGraphRunner
 from .model_runner import ModelRunner, Step, StepResult
-from .outputs import Generations, RequestOutput, StepOutput, Timings, Usage
+from .outputs import Generations, RequestError, RequestOutput, StepOutput, Timings, Usage
 from .prompt import Prompt, encode, is_chat, one_or_several
 from .scheduler import Batch, Scheduler
 from .sequence import Sequence, Status
@@ -208,7 +208,7 @@ class InferenceEngine:
         """Yields (token id, text piece) for each token as it is made; the pieces, some of them empty, join to the text.
 
         The iterator returns the RequestOutput. ValueError, at once, where the prompt or an option cannot be served;
-        RuntimeError where the request fails. Closing it aborts the request.
+        RequestError where the request fails. Closing it aborts the request.
         """
         outbox: deque[StepOutput] = deque()
         return self._stream(self._prepare(prompt, self._params(params, options), outbox), outbox)
@@ -223,7 +223,7 @@ class InferenceEngine:
                         yield event.token_id, event.text
                     if event.output is not None:
                         if event.output.error:
-                            raise RuntimeError(event.output.error)
+                            raise RequestError(event.output.error)
                         return event.output
                 self._step()
         finally:

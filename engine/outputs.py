@@ -33,6 +33,10 @@ class Timings:
     total: float
 
 
+class RequestError(RuntimeError):
+    """A request that has failed by itself, while the engine goes on."""
+
+
 @dataclass(frozen=True)
 class RequestOutput:
     """A finished request.

@@ -45,6 +45,21 @@ class TestGenerate:
         (summary,) = err.splitlines()
         assert summary.startswith("5 tokens at ") and summary.endswith(", on cpu")
 
+    def test_a_reader_who_has_seen_enough_ends_it_quietly(self, folder):
+        words = [COMMAND, "generate", "--model", folder, "--max-tokens", "60", "--quiet", "hello"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+            running.stdout.close()
+            assert running.stderr.read() == b"" and running.wait() == 1
+
+    def test_a_kernel_that_raises_is_seen_where_it_does(self, folder, monkeypatch):
+        def fail(x, weight, eps):
+            raise RuntimeError("kaboom")
+
+        monkeypatch.setattr("microvllm.engine.kernel_file.kernel", lambda text: fail)
+        for prompts in (["one"], ["one", "two"]):
+            with pytest.raises(RuntimeError, match="kaboom"):
+                main(["generate", "--model", folder, "--quiet", "--kernel", "rms_norm=x.py:fail", *prompts])
+
     def test_the_kernels_are_named_once(self, folder, engine, capsys):
         assert main(["generate", "--model", folder, "--max-tokens", "5", "hello"]) == 0
         err = capsys.readouterr().err
