@@ -172,7 +172,7 @@ class AsyncEngine:
         return await self._in_encoder(partial(self.engine.encode, prompt, add_special_tokens=add_special_tokens))
 
     async def decode(self, token_ids: Sequence[int]) -> str:
-        """Their text; ValueError where one is outside the vocabulary or the model has no tokenizer."""
+        """Their text, special ones by name; ValueError where one is outside the vocabulary or there is no tokenizer."""
         return await self._in_encoder(self._decode, token_ids)
 
     async def snapshot(self) -> EngineSnapshot:
@@ -268,7 +268,7 @@ class AsyncEngine:
         for token in token_ids:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"token id {token} must be from 0 to {vocab_size - 1}")
-        return self.engine.tokenizer.decode(token_ids)
+        return self.engine.tokenizer.spell(token_ids)
 
     # --- in the engine's thread ---
 

@@ -124,6 +124,12 @@ class Tokenizer:
         text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self.strips_leading_space else text
 
+    def spell(self, ids: Iterable[int]) -> str:
+        """As `decode`, with the names of special tokens where they stand: what `encode` makes the same ids of."""
+        text = b"".join(self.token_bytes(token) or self.token_name(token).encode() for token in ids)
+        text = text.decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.strips_leading_space else text
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of UTF-8 that a token adds to a text; none for special tokens and ids outside the vocabulary."""
         return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""

@@ -40,6 +40,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "continue_final_message": (False,),
     "functions": ([],),
+    "length_penalty": (1, 1.0),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
@@ -112,6 +113,8 @@ class StreamOptions(Object):
 
     include_usage: bool | None = None
     """Whether an event without choices, with the usage, comes before the end."""
+    include_obfuscation: Literal[False] | None = None
+    """Not supported: only what asks for nothing."""
 
 
 class Sampling(Body):
@@ -247,7 +250,8 @@ class Message(Object):
 
     def for_template(self) -> dict[str, str]:
         for name, value in (self.model_extra or {}).items():
-            if value not in NOTHING and (name, value) != ("type", "text"):  # lm-eval's
+            # "parsed" is what OpenAI's client has read out of the content, and sends back with it.
+            if name != "parsed" and value not in NOTHING and (name, value) != ("type", "text"):  # lm-eval's
                 raise APIError(400, f"{name} of a message is not supported", param="messages")
         role = "system" if self.role == "developer" else self.role
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)

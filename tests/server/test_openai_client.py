@@ -257,7 +257,8 @@ class TestChat:
 
     def test_an_answer_can_be_sent_back_as_it_came(self, chat):
         message = chat().choices[0].message
-        assert chat([*CHAT, message, {"role": "user", "content": "Another."}]).choices[0].message.content
+        for answer in (message, message.model_dump() | {"parsed": {"name": "Paris"}}):
+            assert chat([*CHAT, answer, {"role": "user", "content": "Another."}]).choices[0].message.content
 
     def test_without_a_limit_it_goes_on_to_its_end(self, client, engine):
         answer = client.chat.completions.create(model=MODEL, messages=CHAT, temperature=0)
@@ -398,6 +399,8 @@ class TestOtherRoutes:
         assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": PROMPT}
         chat = http.post("/tokenize", json={"messages": CHAT}).json()
         assert chat["tokens"] == engine.tokenizer.encode_chat(CHAT)
+        spelt = http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"]
+        assert "<|im_start|>" in spelt and engine.tokenizer.encode(spelt) == chat["tokens"]
         special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": None}
         assert http.get("/tokenizer_info").json() == special
         plain = http.post("/tokenize", json={"prompt": PROMPT, "add_special_tokens": False}).json()
