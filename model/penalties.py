@@ -54,7 +54,7 @@ def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tens
     constrained = [i for i, row in enumerate(rows) if row.grammar is not None]
     if constrained:  # first: it says which texts are complete
         allowed = _allowed([rows[i].grammar for i in constrained], logits)
-    repeated, subtracted, counted, added, forbidden = (_Places() for _ in range(5))
+    repeated, counted, added, forbidden = (_Places() for _ in range(4))
     for i, row in enumerate(rows):
         p = row.params
         if _remembers(row):
@@ -62,9 +62,7 @@ def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tens
             if p.repetition_penalty != 1:
                 repeated.add(i, tokens, p.repetition_penalty)
             if p.presence_penalty or p.frequency_penalty:
-                tokens, times = tokens[times > 0], times[times > 0]
-                subtracted.add(i, tokens, p.presence_penalty + p.frequency_penalty * times)
-                counted.add(i, tokens, times)
+                counted.add(i, tokens[times > 0], times[times > 0])
         if p.logit_bias:
             added.add(i, np.array([*p.logit_bias]), np.array([*p.logit_bias.values()]))
         if _may_not_end(row):
@@ -73,8 +71,8 @@ def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tens
     original, logits = logits, logits.clone()
     place, penalty = repeated.tensors(logits.device)
     logits[place] = _repeated(logits[place], penalty)
-    place, amount = subtracted.tensors(logits.device)
-    logits[place] -= amount
+    (row, known), times = counted.tensors(logits.device)
+    logits[row, known] -= _for_times(times, rows, row)
     place, amount = added.tensors(logits.device)
     logits[place] += amount
     place, amount = forbidden.tensors(logits.device)
@@ -84,7 +82,6 @@ def adjust(logits: torch.Tensor, rows: Sequence[SamplingRow], newest: torch.Tens
         assert newest is not None
         index = to_device(behind, torch.int64, logits.device)
         token = newest[index].clamp(min=0)  # a row without a token has ended
-        (row, known), times = counted.tensors(logits.device)
         times = torch.zeros(len(rows), device=logits.device).index_add_(0, row, times * (known == newest[row]))
         logits[index, token] = _of_newest(original[index, token], token, times[index] + 1, [rows[i] for i in behind])
     if constrained:
@@ -115,6 +112,17 @@ def _repeated(logit: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
     return torch.where(logit > 0, logit / penalty, logit * penalty)
 
 
+def _for_times(
+    times: torch.Tensor, rows: Sequence[SamplingRow], row: torch.Tensor | slice = slice(None)
+) -> torch.Tensor:
+    """What is taken from logits whose tokens stand so many times in an output.   row: that of each, or all in order"""
+    presence, frequency = (
+        to_device([getattr(row.params, name) for row in rows], torch.float64, times.device)
+        for name in ("presence_penalty", "frequency_penalty")
+    )
+    return (presence[row] + frequency[row] * times).float()
+
+
 def _of_newest(
     logit: torch.Tensor, token: torch.Tensor, times: torch.Tensor, rows: Sequence[SamplingRow]
 ) -> torch.Tensor:
@@ -137,9 +145,7 @@ def _of_newest(
         return padded(lists, -1, torch.int64) == token.unsqueeze(1)
 
     logit = _repeated(logit, column([p.repetition_penalty for p in params]))
-    presence = column([p.presence_penalty for p in params], torch.float64)
-    frequency = column([p.frequency_penalty for p in params], torch.float64)
-    logit = logit - (presence + frequency * times).float()
+    logit = logit - _for_times(times, rows)
     biases = [p.logit_bias for p in params]
     bias = padded([list(b.values()) for b in biases], 0.0, torch.float32)
     logit = logit + (among([list(b) for b in biases]) * bias).sum(1)
