@@ -121,18 +121,23 @@ class Tokenizer:
         It is the text of their `token_bytes`, so that what is streamed adds up to it. transformers differs from it
         where a run of SentencePiece's byte tokens is not UTF-8: it replaces the whole run.
         """
-        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self.strips_leading_space else text
+        return self._text(map(self.token_bytes, ids))
 
     def spell(self, ids: Iterable[int]) -> str:
-        """As `decode`, with the names of special tokens where they stand: what `encode` makes the same ids of."""
-        text = b"".join(self.token_bytes(token) or self.token_name(token).encode() for token in ids)
-        text = text.decode("utf-8", errors="replace")
+        """As `decode`, with special tokens by their names."""
+        return self._text(map(self.spelt_bytes, ids))
+
+    def _text(self, parts: Iterable[bytes]) -> str:
+        text = b"".join(parts).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self.strips_leading_space else text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of UTF-8 that a token adds to a text; none for special tokens and ids outside the vocabulary."""
         return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""
+
+    def spelt_bytes(self, token_id: int) -> bytes:
+        """As `token_bytes`, and of a special token its name."""
+        return self.token_bytes(token_id) or self.token_name(token_id).encode()
 
     def token_name(self, token_id: int) -> str:
         """The token as the vocabulary spells it, such as "<|im_end|>" for a special one; empty outside of it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from microvllm.engine.detokenizer import Detokenizer
 from microvllm.model.checkpoint import open_checkpoint
@@ -105,7 +105,9 @@ def test_pieces_join_to_the_text_of_the_tokens(tokenizer, data):
 @given(text=st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs", "Cc"]), max_size=30))
 @settings(max_examples=150, deadline=None)
 def test_a_text_that_is_encoded_streams_back_without_half_a_character(smollm2, text):
-    pieces, _ = stream(Detokenizer(smollm2), smollm2.encode(text))
+    ids = smollm2.encode(text)
+    assume(all(map(smollm2.token_bytes, ids)))  # a text that names a special token has it encoded, and none is shown
+    pieces, _ = stream(Detokenizer(smollm2), ids)
     assert "".join(pieces) == text
     assert sum(piece.count("�") for piece in pieces) == text.count("�")
 

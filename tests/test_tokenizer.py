@@ -124,7 +124,10 @@ class TestSmolLM2:
     def test_round_trip(self, smollm2, smollm2_bytes, text):
         # SmolLM2 has no token for 21 bytes, and leaves them out of a text.
         assume(all(byte in smollm2_bytes for byte in text.encode()))
-        assert smollm2.decode(smollm2.encode(text)) == text
+        ids = smollm2.encode(text)
+        assert smollm2.spell(ids) == text
+        if all(map(smollm2.token_bytes, ids)):  # it names no special token
+            assert smollm2.decode(ids) == text
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfff b"])

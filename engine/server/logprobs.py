@@ -15,7 +15,7 @@ def _token_bytes(tokenizer: Tokenizer | None, token_id: int) -> bytes:
     """A special token, which adds nothing to a text, is shown by its name."""
     if tokenizer is None:
         return f"token_id:{token_id}".encode()
-    return tokenizer.token_bytes(token_id) or tokenizer.token_name(token_id).encode()
+    return tokenizer.spelt_bytes(token_id)
 
 
 def _token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
