@@ -166,7 +166,7 @@ def _short_heads(module: ModuleType) -> Sweep:
 SWEEPS: dict[str, tuple[Sweep, ...]] = {
     "paged_attention": (
         _attention(range(2), (256, 32), (256, 64), (384, 32)),
-        _attention(range(2, 17), (256, 64), (384, 64), (512, 64)),
+        _attention(range(2, 17), (256, 32), (256, 64), (384, 64), (512, 64)),
         _attention(range(17, 65), (0, 128), (280, 256), (384, 128), (420, 128)),
         _attention(range(65, 1024), (0, 128)),
     ),

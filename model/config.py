@@ -67,10 +67,10 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """From the contents of a Hugging Face `config.json`; ValueError names what is missing or not supported."""
         names = config.get("architectures") or ["(none)"]
-        if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
+        architecture = next((ours for name, ours in ARCHITECTURES.items() if names == [name]), None)
+        if architecture is None:
             named = ", ".join(map(str, names)) if isinstance(names, list) else repr(names)
             raise ValueError(f"architecture {named} is not supported; supported are {', '.join(ARCHITECTURES)}")
-        architecture = ARCHITECTURES[names[0]]
         _refuse_unsupported(config, architecture)
         try:
             heads = config["num_attention_heads"]
@@ -198,6 +198,6 @@ def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
 
 def _dtype(name: Any) -> torch.dtype:
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if name not in list(dtypes):
+    if not isinstance(name, str) or name not in dtypes:
         raise ValueError(f"dtype {name!r} is not supported; supported are {', '.join(dtypes)}")
     return dtypes[name]

@@ -247,11 +247,12 @@ class Message(Object):
         str | Annotated[list[TextPart], Field(fail_fast=True)],
         or_say('a string or a list of text parts, {"type": "text", "text": "…"}, and of no others'),
     ]
+    parsed: Any = None
+    """What OpenAI's client has read out of the content, and sends back with it; without effect."""
 
     def for_template(self) -> dict[str, str]:
         for name, value in (self.model_extra or {}).items():
-            # "parsed" is what OpenAI's client has read out of the content, and sends back with it.
-            if name != "parsed" and value not in NOTHING and (name, value) != ("type", "text"):  # lm-eval's
+            if value not in NOTHING and (name, value) != ("type", "text"):  # lm-eval's
                 raise APIError(400, f"{name} of a message is not supported", param="messages")
         role = "system" if self.role == "developer" else self.role
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
