@@ -96,6 +96,11 @@ class ModelGraphRunner(ModelRunner):
         for graphs, size in tqdm(sizes, desc="Capturing", unit="graph", disable=None if progress else True):
             graphs[size] = self._capture_decode(size) if graphs is self._decodes else self._capture_prefill(size)
 
+    def recapture(self, count: int) -> None:
+        """Captures the decode of `count` sequences again, where kernels would be launched otherwise than before."""
+        size = self._size(count)
+        self._decodes[size] = self._capture_decode(size)
+
     def _capture_decode(self, size: int) -> CapturedCall:
         columns = self.rows.columns(size)
         return self._capture(f"a decode of {size} sequences", lambda: self._decode_step(size, columns))

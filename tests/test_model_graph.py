@@ -65,6 +65,15 @@ def test_padded_buckets_answer_as_exact_batches(folder, monkeypatch, behind, opt
         assert (output.token_ids, output.finish_reason) == (expected[i].token_ids, expected[i].finish_reason)
 
 
+def test_a_decode_is_captured_again(folder, monkeypatch):
+    monkeypatch.setattr(model_graph, "CapturedCall", Recomputed)
+    exact = make_engine(folder, num_blocks=4).runner
+    runner = ModelGraphRunner(exact.model, exact.sampler, exact.cache, 4)
+    before = dict(runner._decodes)
+    runner.recapture(3)
+    assert [size for size, graph in runner._decodes.items() if graph is not before[size]] == [4]
+
+
 @pytest.mark.parametrize("largest", [1, 2, 3, 8, 9, 32, 35, 100, 256, 300])
 def test_every_batch_has_a_bucket_and_the_largest_its_own(largest):
     sizes = bucket_sizes(largest)
