@@ -37,7 +37,7 @@ def onednn_prepare(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _onednn_refuses(*, weight: torch.Tensor, **rest: Any) -> str | None:
-    otherwise = "or kernels=KernelSet.default().replace(linear='reference')"
+    otherwise = "or the implementation linear='reference' (KernelSet.replace or --kernel)"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"oneDNN multiplies float32 and bfloat16 on a CPU, not {weight.dtype}: choose one of these, {otherwise}"
     if weight.dtype == torch.bfloat16 and not onednn_has_bfloat16():

@@ -249,7 +249,9 @@ def flash_attn_decode(
 
 
 def _refused(*, q: torch.Tensor, k_cache: torch.Tensor, **rest: Any) -> str | None:
-    return refused_by_flash_attn(q, k_cache, "kernels=KernelSet.default().replace(paged_attention='triton')")
+    return refused_by_flash_attn(
+        q, k_cache, "the implementation paged_attention='triton' (KernelSet.replace or --kernel)"
+    )
 
 
 def make_inputs(

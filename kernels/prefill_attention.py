@@ -337,7 +337,9 @@ def flash_attn_prefill(
 
 
 def _refused(*, q: torch.Tensor, k_cache: torch.Tensor, **rest: Any) -> str | None:
-    return refused_by_flash_attn(q, k_cache, "kernels=KernelSet.default().replace(prefill_attention='triton')")
+    return refused_by_flash_attn(
+        q, k_cache, "the implementation prefill_attention='triton' (KernelSet.replace or --kernel)"
+    )
 
 
 def _spread(first: int, last: int, count: int) -> list[int]:
