@@ -91,10 +91,17 @@ class ModelGraphRunner(ModelRunner):
         self._decodes: dict[int, CapturedCall] = {}
         self._prefills: dict[int, CapturedCall] = {}
         self._pool: tuple[int, int] | None = None
+        self._draw_in_float32(min(2, max_batch_size))
         # The largest come first: the others find room in what these have taken from the pool.
         sizes = [(self._decodes, n) for n in self._buckets[::-1]] + [(self._prefills, n) for n in PREFILL_TOKENS[::-1]]
         for graphs, size in tqdm(sizes, desc="Capturing", unit="graph", disable=None if progress else True):
             graphs[size] = self._capture_decode(size) if graphs is self._decodes else self._capture_prefill(size)
+
+    @torch.inference_mode()
+    def _draw_in_float32(self, size: int) -> None:
+        """Compiles the draw of rows whose logits were adjusted, which no graph holds, before a request waits for it."""
+        logits = torch.zeros(size, self.rows.vocab_size, device=self.device)
+        self.sampler.draw(logits, self.rows.columns(size))
 
     def recapture(self, count: int) -> None:
         """Captures the decode of `count` sequences again, where kernels would be launched otherwise than before."""

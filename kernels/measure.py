@@ -129,7 +129,8 @@ def measure_case(
         count = count_sets(inputs, cost, roof, device)
         clock = Clock(device)
         times = _race(op, implementation, entrants, inputs, others, cost, roof, count, clock)
-        return Row(case, dtype, cost, roof, *times, clock.range)
+        (checked,) = report.results
+        return Row(case, dtype, cost, roof, *times, clock.range, checked.error, checked.allowed)
 
 
 def _race(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,7 +22,8 @@ from .timing import Timing
 class Row:
     """One case. `timing` and the values of `peers` are words where there is no time.
 
-    clock:  MHz of the multiprocessors while it was timed, the lowest and the highest; None where it is not known
+    clock:           MHz of the multiprocessors while it was timed, the lowest and the highest; None where not known
+    error, allowed:  as `check` found them before it was timed; NaN where nothing was
     """
 
     case: Case
@@ -31,6 +33,8 @@ class Row:
     timing: Timing | str
     peers: Mapping[str, Timing | str] = field(default_factory=dict)
     clock: tuple[int, int] | None = None
+    error: float = math.nan
+    allowed: float = math.nan
 
     @property
     def share(self) -> float:
@@ -73,6 +77,8 @@ class Row:
             "time": time_of(self.timing),
             "peers": {name: time_of(timing) for name, timing in self.peers.items()},
             "clock": self.clock,
+            "error": None if math.isnan(self.error) else self.error,
+            "allowed": None if math.isnan(self.allowed) else self.allowed,
         }
 
 

@@ -81,6 +81,7 @@ def make_inputs(
     outputs: int,
     inputs: int,
     bias: bool = False,
+    eps: float = 1e-6,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -92,13 +93,13 @@ def make_inputs(
     return {
         "x": 4 * norm["x"],
         "norm_weight": norm["weight"],
-        "eps": norm["eps"],
+        "eps": eps,
         "weight": product["weight"],
         "bias": product["bias"],
     }
 
 
-def cost(tokens: int, outputs: int, inputs: int, bias: bool = False, *, itemsize: int) -> Cost:
+def cost(tokens: int, outputs: int, inputs: int, bias: bool = False, eps: float = 1e-6, *, itemsize: int) -> Cost:
     product = linear.cost(tokens, outputs, inputs, bias, itemsize=itemsize)
     return Cost(product.read + inputs * itemsize, product.written, product.flops + 4 * tokens * inputs)
 
@@ -111,7 +112,7 @@ OP = Op(
     cost=cost,
     cases=(
         Case(tokens=1, outputs=5, inputs=2048, bias=True),
-        Case(tokens=1, outputs=7, inputs=1000),
+        Case(tokens=1, outputs=7, inputs=1000, eps=8.0),
         Case(tokens=1, outputs=6, inputs=1288, bias=True),
         Case(tokens=1, outputs=4, inputs=3),
         Case(tokens=3, outputs=8, inputs=64, bias=True),

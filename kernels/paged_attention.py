@@ -345,6 +345,7 @@ OP = Op(
         Case(batch=5, context=70, shortest=60, heads=6, kv_heads=3, head_dim=96, block_size=48),
         Case(batch=2, context=129, shortest=64, heads=16, kv_heads=1, head_dim=128, block_size=128),
         Case(batch=2, context=257, shortest=256, heads=2, kv_heads=2, head_dim=256, block_size=256),
+        Case(batch=2, context=300, shortest=256, heads=4, kv_heads=2, head_dim=64, block_size=256, padded=1),
         Case(batch=2, context=150, shortest=3, heads=14, kv_heads=2, head_dim=64, block_size=16, float8=True),
         Case(batch=0, context=1, heads=2, kv_heads=1, head_dim=64, block_size=16, padded=2),
     ),

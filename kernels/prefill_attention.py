@@ -421,6 +421,7 @@ OP = Op(
     cases=(
         Case(prompts=1, query=1, heads=1, kv_heads=1, head_dim=16, block_size=16),
         Case(prompts=1, query=17, heads=2, kv_heads=2, head_dim=64, block_size=16),
+        Case(prompts=1, query=20, heads=2, kv_heads=1, head_dim=64, block_size=16, prefix=62),
         Case(prompts=3, query=70, shortest=0, heads=6, kv_heads=2, head_dim=64, block_size=32, prefix=45),
         Case(prompts=4, query=33, shortest=2, heads=7, kv_heads=1, head_dim=80, block_size=16, prefix=50),
         Case(prompts=2, query=130, shortest=128, heads=2, kv_heads=2, head_dim=96, block_size=64),

@@ -208,6 +208,7 @@ KINDS = {
     "top_p": (1.0, None, 0.9, None),
     "min_p": (1.0, None, None, 0.05),
     "all": (1.5, 1000, 0.8, 1e-3),
+    "top_k": (1.5, 3, None, None),
 }
 """What rows ask for: temperature, top_k, top_p, min_p."""
 
@@ -295,6 +296,7 @@ OP = Op(
         Case(rows=12, vocab=3001, kind="mixed", shape="extremes"),
         Case(rows=4, vocab=20, kind="top_k_top_p", shape="flat"),
         Case(rows=6, vocab=1, kind="mixed", shape="flat"),
+        Case(rows=24, vocab=300, kind="top_k", shape="flat"),
         Case(rows=0, vocab=100, kind="temperature", shape="flat"),
     ),
     large_cases=(
@@ -307,9 +309,9 @@ OP = Op(
                 ("top_p", "peaked"),
                 ("top_p", "flat"),
                 ("min_p", "peaked"),
-                ("mixed", "peaked"),
             )
             for rows in (1, 128)
         ),
+        Case(rows=128, vocab=_QWEN2_VOCAB, kind="mixed", shape="peaked"),
     ),
 )

@@ -25,7 +25,7 @@ import triton.language as tl
 from .base_two import LOG2_E
 from .dependent_launch import wait_for_previous
 from .gumbel import exponential, stream_of
-from .sampling_summary import filters, soonest
+from .sampling_summary import COLUMNS, filters, soonest
 
 _INF = tl.constexpr(float("inf"))
 
@@ -58,7 +58,7 @@ def _from_ordered(key):
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=COLUMNS)
 def draw_kernel(
     logits_ptr,
     temperature_ptr,

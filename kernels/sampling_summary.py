@@ -10,6 +10,8 @@ from .dependent_launch import allow_next, wait_for_previous
 from .gumbel import GAMMA, exponential, exponential_at, stream_of, uniform_at
 
 _INF = tl.constexpr(float("inf"))
+COLUMNS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "index_ptr"]
+"""What rows ask for. Where these begin in memory depends on how many rows there are: no reason to compile again."""
 
 
 @triton.jit
@@ -134,7 +136,7 @@ def _race_in_full(
     return winner
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=COLUMNS)
 def summarize_kernel(
     logits_ptr,
     temperature_ptr,

@@ -13,7 +13,7 @@ from .transfer import to_device
 
 @dataclass(frozen=True)
 class SamplingColumns:
-    """Each [rows], as `kernels.sampling.sample_reference` takes them; a filter is None where no row uses it.
+    """Each [rows], as `kernels.sampling.sample_reference` takes them; a filter that no row uses may be None.
 
     greedy: no row has a temperature
     """
@@ -35,13 +35,17 @@ class SamplingColumns:
         return cls(temperature, top_k, top_p, min_p, seed, index).used_by(rows)
 
     def used_by(self, rows: Sequence[SamplingRow]) -> SamplingColumns:
-        """These columns, without the filters that none of the rows uses."""
+        """These columns for the rows, on a CPU without the filters that none uses, which take it long.
+
+        A GPU gets all of them, as in a captured step: a kernel is compiled for each set of filters that it is given,
+        and nobody waits for that who has a request running.
+        """
         params = [row.params for row in rows]
-        used = {
-            "top_k": any(p.top_k for p in params),
-            "top_p": any(p.top_p < 1 for p in params),
-            "min_p": any(p.min_p for p in params),
-        }
+        used = {}
+        if self.temperature.device.type == "cpu":
+            used["top_k"] = any(p.top_k for p in params)
+            used["top_p"] = any(p.top_p < 1 for p in params)
+            used["min_p"] = any(p.min_p for p in params)
         columns = {f.name: getattr(self, f.name) if used.get(f.name, True) else None for f in fields(self)}
         return SamplingColumns(**columns | {"greedy": all(p.temperature == 0 for p in params)})
 

@@ -14,6 +14,7 @@ from .small_models import VOCAB_SIZE, Shape, make_model, transformers_logits
 TOKENS = 64
 RAGGED = [1, 17, 5, 40]
 BLOCK_SIZE = 16
+OPTIONS = {"num_blocks": 64, "block_size": BLOCK_SIZE, "device": "cpu", "progress": False}
 ONE_OF_EACH = [Shape("qwen2"), Shape("qwen3", tied=True, rope="yarn"), Shape("llama", group=4, rope="llama3")]
 
 
@@ -37,8 +38,7 @@ class Models:
 
 
 def make_engine(folder, kernels: KernelSet | None = None, **options) -> InferenceEngine:
-    options = {"num_blocks": 64, "block_size": BLOCK_SIZE, "device": "cpu", "progress": False} | options
-    engine = InferenceEngine(folder, kernels=kernels, **options)
+    engine = InferenceEngine(folder, kernels=kernels, **OPTIONS | options)
     engine.runner.sampler = RecordingSampler(engine.kernels)
     return engine
 

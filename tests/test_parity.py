@@ -16,6 +16,7 @@ from .checkpoints import save_folder
 from .parity import (
     BLOCK_SIZE,
     ONE_OF_EACH,
+    OPTIONS,
     RAGGED,
     Models,
     assert_like_transformers,
@@ -29,6 +30,14 @@ from .small_models import Shape, pairwise_shapes
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     return Models(tmp_path_factory)
+
+
+@pytest.fixture(scope="module", autouse=True, params=[False, True], ids=["in step", "a step behind"])
+def async_scheduling(request):
+    """Every test here runs with tokens read before the next step is launched, and after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(OPTIONS, "async_scheduling", request.param)
+        yield
 
 
 @pytest.mark.parametrize("shape", pairwise_shapes(), ids=str)

@@ -15,8 +15,16 @@ from microvllm.kernels.kernel_set import OPS, STANDALONE
 from microvllm.kernels.op import Case, Op, needs_gpu
 
 OPERATORS = {**OPS, **STANDALONE}
-LARGER = {"linear_swiglu": tuple(Case(tokens=tokens, intermediate=18944, inputs=512) for tokens in (40, 100, 700))}
-"""Cases that a kernel for Hopper takes, where they are too large for the interpreter to be among the small ones."""
+_BATCHES = tuple(
+    Case(batch=batch, context=700, shortest=1, heads=8, kv_heads=4, head_dim=64, block_size=16, padded=3)
+    for batch in (20, 70)
+)
+LARGER = {
+    "linear_swiglu": tuple(Case(tokens=tokens, intermediate=18944, inputs=512) for tokens in (40, 100, 700)),
+    "paged_attention": _BATCHES,
+    "append_attention": _BATCHES,
+}
+"""Cases that are launched otherwise than the small ones, among which the interpreter would take too long for them."""
 
 
 def run(op: Op) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from microvllm.kernels import paged_attention, prefill_attention
+from microvllm.kernels import append_attention, paged_attention, prefill_attention
 from microvllm.kernels.op import Case
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -32,21 +32,22 @@ drawn = settings(derandomize=True, deadline=None, max_examples=60, suppress_heal
 
 
 def scattered_cache(
-    contexts: list[int], shared: int, block_size: int, kv_heads: int, head_dim: int, dtype, generator
+    contexts: list[int], shared: int, block_size: int, kv_heads: int, head_dim: int, dtype, generator, own: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(k_cache, v_cache, block_table) of texts whose first `shared` blocks, as far as these are full, are the same.
+    """(k_cache, v_cache, block_table) of texts whose first `shared` blocks, as far as these are full without the last
+    `own` tokens, are the same.
 
     Blocks stand in random order. What no text holds is NaN, and what no text reaches in the table is no block's id.
     """
-    common = [min(shared, context // block_size) for context in contexts]
-    own = [-(-context // block_size) - full for context, full in zip(contexts, common, strict=True)]
-    blocks = max(common) + sum(own) + 2
+    common = [min(shared, max(context - own, 0) // block_size) for context in contexts]
+    others = [-(-context // block_size) - full for context, full in zip(contexts, common, strict=True)]
+    blocks = max(common) + sum(others) + 2
     order = iter(torch.randperm(blocks, device=GPU, generator=generator).tolist())
     first = [next(order) for _ in range(max(common))]
     table = torch.full((len(contexts), -(-LONGEST // block_size) + 1), 2**30, dtype=torch.int32)
     held = torch.zeros(blocks, block_size, dtype=torch.bool)
     for i, context in enumerate(contexts):
-        row = first[: common[i]] + [next(order) for _ in range(own[i])]
+        row = first[: common[i]] + [next(order) for _ in range(others[i])]
         table[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
         for j, block in enumerate(row):
             held[block, : context - j * block_size] = True
@@ -84,6 +85,38 @@ def decode_inputs(contexts, shared, values, heads, kv_heads, head_dim, block_siz
     }
 
 
+def append_inputs(contexts, shared, values, heads, kv_heads, head_dim, block_size, *, dtype, device, generator):
+    """The last token of each context is not in the cache yet; cos and sin are those of no other position."""
+    k_cache, v_cache, table = scattered_cache(contexts, shared, block_size, kv_heads, head_dim, dtype, generator, own=1)
+    q, k, v = (
+        torch.randn(len(contexts), n, head_dim, dtype=dtype, device=device, generator=generator)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    scaled(values, q, k_cache, v_cache)
+    lengths = torch.tensor(contexts, dtype=torch.int32, device=device)
+    positions = (lengths.long() - 1).clamp(min=0)
+    block = table.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1).long()
+    slots = torch.where(lengths > 0, block * block_size + positions % block_size, -1)
+    for cache in (k_cache, v_cache):
+        cache.flatten(0, 1)[slots[slots >= 0]] = torch.nan
+    angle = torch.full((table.shape[1] * block_size, head_dim // 2), torch.nan, device=device)
+    angle[positions] = positions.unsqueeze(1) * 10000.0 ** (-torch.arange(head_dim // 2, device=device) * 2 / head_dim)
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "cos": angle.cos(),
+        "sin": angle.sin(),
+        "positions": positions,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "slot_mapping": slots,
+        "block_table": table,
+        "context_lens": lengths,
+        "scale": head_dim**-0.5,
+    }
+
+
 def prefill_inputs(chunks, shared, values, heads, kv_heads, head_dim, block_size, *, dtype, device, generator):
     """chunks: (tokens in the cache before it, tokens of its own) of each"""
     queries, contexts = [own for _, own in chunks], [cached + own for cached, own in chunks]
@@ -113,16 +146,29 @@ def assert_right(op, inputs, shape, seed, **sizes) -> None:
 lengths = st.one_of(st.integers(0, 3), st.integers(1, 300), st.integers(1, LONGEST))
 
 
+def repeated(contexts: list[int], times: int) -> list[int]:
+    """Each some tokens longer every time: many programs at once are launched otherwise than few."""
+    return [n + 7 * i if n else 0 for i in range(times) for n in contexts]
+
+
+batches = st.one_of(
+    st.lists(lengths, min_size=1, max_size=1),
+    st.lists(lengths, min_size=5, max_size=8),
+    st.builds(repeated, st.lists(st.integers(0, 500), min_size=5, max_size=8), st.sampled_from([3, 10])),
+)
+
+
 @drawn
 @given(
     shape=st.sampled_from(SHAPES),
-    contexts=st.one_of(st.lists(lengths, min_size=1, max_size=1), st.lists(lengths, min_size=5, max_size=8)),
+    contexts=batches,
     shared=st.integers(0, 4),
     values=st.sampled_from(VALUES),
     seed=st.integers(0, 2**31),
 )
-def test_decode_is_right_whatever_is_drawn(shape, contexts, shared, values, seed):
-    assert_right(paged_attention.OP, decode_inputs, shape, seed, contexts=contexts, shared=shared, values=values)
+@pytest.mark.parametrize("op, inputs", [(paged_attention.OP, decode_inputs), (append_attention.OP, append_inputs)])
+def test_decode_is_right_whatever_is_drawn(op, inputs, shape, contexts, shared, values, seed):
+    assert_right(op, inputs, shape, seed, contexts=contexts, shared=shared, values=values)
 
 
 @drawn

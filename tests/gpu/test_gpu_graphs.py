@@ -10,7 +10,10 @@ import pytest
 import torch
 from microvllm import InferenceEngine, KernelSet, SamplingParams
 from microvllm.engine.chunk_rows import chunk_tensors
+from microvllm.engine.lab.forced import forced_steps
 from microvllm.engine.model_graph import PREFILL_CHUNKS, PREFILL_TOKENS
+from microvllm.kernels.sampling_draw import draw_kernel
+from microvllm.kernels.sampling_summary import summarize_kernel
 
 from ..parity import forced_tokens
 
@@ -121,15 +124,20 @@ def test_a_step_behind_draws_what_an_engine_in_step_draws(graphs):
 
 
 def test_whatever_joins_ends_is_aborted_or_preempted():
-    """A random life: every text has its length, every block comes back, and no row shows another's token."""
+    """A random life: every text has its length, every block comes back, and no row shows another's token: what was
+    drawn greedily is what an engine in step draws when it is fed these texts, but for close calls.
+    """
     engine = make_engine(block_size=16, num_blocks=60, max_batch_size=16)
-    rng, left, lengths, outputs = random.Random(1), prompts(40, 100, 400), {}, {}
+    rng, left, lengths, outputs, greedy = random.Random(1), prompts(40, 100, 400), {}, {}, []
     while left or engine.has_work:
         for _ in range(rng.randint(0, 2)):
             if left:
-                tokens = rng.randint(1, 200)
-                options = asked(len(left), max_tokens=tokens, presence_penalty=rng.choice([0.0, 0.0, 0.5]))
-                lengths[engine.add_request(left.pop(), options)] = tokens
+                tokens, penalty = rng.randint(1, 200), rng.choice([0.0, 0.0, 0.5])
+                options = asked(len(left), max_tokens=tokens, presence_penalty=penalty)
+                request = engine.add_request(left.pop(), options)
+                lengths[request] = tokens
+                if options.temperature == penalty == 0:
+                    greedy.append(request)
         if rng.random() < 0.02 and lengths:
             engine.abort(rng.choice(list(lengths)))
         outputs |= {event.request_id: event.output for event in engine.step() if event.output is not None}
@@ -138,6 +146,28 @@ def test_whatever_joins_ends_is_aborted_or_preempted():
     assert len(outputs) == 40
     for i, output in outputs.items():
         assert output.finish_reason == "abort" or len(output.token_ids) == lengths[i]
+
+    told = [outputs[i] for i in greedy if outputs[i].token_ids]
+    in_step = make_engine(block_size=16, num_blocks=800, enforce_eager=True, async_scheduling=False)
+    texts = [output.token_ids for output in told]
+    drawn = forced_steps(in_step, [output.prompt for output in told], texts)
+    same = [token == texts[k][i] for i, step in enumerate(drawn) for k, token, _ in step]
+    assert len(told) >= 3 and len(same) == sum(map(len, texts)) >= 200 and sum(same) >= 0.95 * len(same)
+
+
+def test_nothing_that_a_request_asks_of_the_draw_is_compiled_while_others_run():
+    engine = make_engine()
+    device = torch.cuda.current_device()
+
+    def compiled() -> list[int]:
+        return [len(kernel.device_caches[device][0]) for kernel in (summarize_kernel, draw_kernel)]
+
+    before = compiled()
+    assert min(before) >= 2  # for the model's dtype, and for float32
+    for count in range(1, 8):
+        params = [asked(i + count, max_tokens=4, presence_penalty=0.5 * (i % 2)) for i in range(count)]
+        engine.generate(prompts(count), params)
+    assert compiled() == before
 
 
 def test_logits_that_are_no_numbers_end_a_request_and_nothing_else(graphs):
