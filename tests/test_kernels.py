@@ -297,13 +297,16 @@ class TestFlashAttn:
         return q, k, v, table, query_start
 
     def test_a_block_size_that_it_cannot_page_is_refused_with_a_way_out(self, calls):
-        with pytest.raises(ValueError, match=r"multiples of 256 .* block size is 16: use block_size=256, or kernels="):
+        with pytest.raises(
+            ValueError, match=r"multiples of 256 .* block size is 16: use block_size=256, or the impl.*--kernel"
+        ):
             self.run(16, torch.float16)
         assert not calls
 
     def test_a_dtype_that_it_does_not_compute_in_is_refused_with_a_way_out(self, calls):
         with pytest.raises(
-            ValueError, match=r"float16 and bfloat16, not in torch.float32: choose one of these, or ker"
+            ValueError,
+            match=r"float16 and bfloat16, not in torch.float32: choose one of these, or the implementation prefill_",
         ):
             self.run(256, torch.float32)
         assert not calls
