@@ -84,7 +84,7 @@ def bench_workloads(model: Model, config: ModelConfig, options: argparse.Namespa
 
 
 def bench_policies(model: Model, config: ModelConfig, requests: policies.Requests, options: argparse.Namespace) -> None:
-    rows = policies.bench(model, config.vocab_size, requests)
+    rows = policies.bench(model, config.vocab_size, requests, options.rounds)
     print(record.table(rows))
     path = save(f"policies-{model.name}", model, rows, options, kind="policies", requests=asdict(requests))
     print(path, flush=True)

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, quantiles
+from statistics import mean, median, quantiles
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from microvllm.engine.outputs import RequestOutput
 
 from .engines import Model, our_engine
 from .record import table
-from .turns import WARM_UP_TOKENS
+from .turns import WARM_UP_TOKENS, spread
 
 POLICIES = (
     ("fcfs", None),
@@ -103,27 +103,41 @@ def row(run: Run) -> dict[str, float]:
     }
 
 
-def bench(model: Model, vocab_size: int, requests: Requests) -> list[dict[str, Any]]:
-    """A row for each policy and way of arriving: all at once, and evenly over the time that all at once take `fcfs`."""
+def bench(model: Model, vocab_size: int, requests: Requests, rounds: int) -> list[dict[str, Any]]:
+    """A row for each way of arriving and policy, of the medians of its turns: all at once, and evenly over the time
+    that all at once took `fcfs` first. In each round every policy has a turn, in an engine of its own.
+    """
     drawn = requests.draw(vocab_size)
-    at_once, over_time = [], []
     arrivals: list[float] = []
-    for name, window in POLICIES:
-        label = {"policy": name, "window": "unlimited" if window is None else window}
-        engine = our_engine(model, max_batch_size=requests.running, policy=name, alignment_window=window)
-        engine.generate([prompt for prompt, _ in drawn], max_tokens=WARM_UP_TOKENS, ignore_eos=True)
-        run = drive(engine, drawn, [0.0] * len(drawn))
-        at_once.append({"arrivals": "at once", **label, **row(run)})
-        if not arrivals:
-            span, rng = run.seconds, random.Random(1)
-            arrivals = sorted(rng.uniform(0, span) for _ in drawn)
-        over_time.append({"arrivals": f"over {span:.3g} s", **label, **row(drive(engine, drawn, arrivals))})
-        print(table([at_once[-1], over_time[-1]]), flush=True)
-        del engine  # the next one takes its memory
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return at_once + over_time
+    turns: dict[tuple[str, str, int | str], list[dict[str, float]]] = {}
+    for _ in range(rounds):
+        for name, window in POLICIES:
+            engine = our_engine(model, max_batch_size=requests.running, policy=name, alignment_window=window)
+            engine.generate([prompt for prompt, _ in drawn], max_tokens=WARM_UP_TOKENS, ignore_eos=True)
+            at_once = drive(engine, drawn, [0.0] * len(drawn))
+            if not arrivals:
+                span, rng = at_once.seconds, random.Random(1)
+                arrivals = sorted(rng.uniform(0, span) for _ in drawn)
+            over_time = drive(engine, drawn, arrivals)
+            for way, run in (("at once", at_once), (f"over {span:.3g} s", over_time)):
+                key = (way, name, "unlimited" if window is None else window)
+                turns.setdefault(key, []).append(row(run))
+                print(table([medians(*key, turns[key][-1:])]), flush=True)
+            del engine  # the next one takes its memory
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return sorted((medians(*key, rows) for key, rows in turns.items()), key=lambda row: row["arrivals"] != "at once")
+
+
+def medians(way: str, policy: str, window: int | str, rows: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """The row of several turns, with the spread of their tokens/s."""
+    found: dict[str, Any] = {"arrivals": way, "policy": policy, "window": window}
+    for name in rows[0]:
+        found[name] = median(row[name] for row in rows)
+        if name == "tokens/s":
+            found["tokens/s ±"] = spread([row[name] for row in rows])
+    return found
 
 
 def _percentile_99(values: list[float]) -> float:

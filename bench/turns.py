@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -34,6 +34,11 @@ def measure(engine: Engine, prompts: list[list[int]], tokens: int, sampling: Map
     return Turn(prefill, (total - prefill) / (tokens - 1), len(prompts) * tokens / total)
 
 
+def spread(values: Sequence[float]) -> str:
+    """Half the distance of the extremes, of the median."""
+    return f"±{(max(values) - min(values)) / 2 / median(values):.1%}"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The turns of each engine at a workload, by the engine's name.
@@ -50,9 +55,7 @@ class Comparison:
         return median(getattr(turn, what) for turn in self.turns[engine])
 
     def spread(self, engine: str, what: str) -> str:
-        """Half the distance of the extremes, of the median."""
-        values = [getattr(turn, what) for turn in self.turns[engine]]
-        return f"±{(max(values) - min(values)) / 2 / median(values):.1%}"
+        return spread([getattr(turn, what) for turn in self.turns[engine]])
 
     def gain(self, engine: str, peer: str, what: str) -> float:
         """How many times better the engine's median is: over 1 is faster, for times and rates alike."""

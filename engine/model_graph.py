@@ -21,11 +21,11 @@ from .sequence import Sequence
 def bucket_sizes(max_batch_size: int) -> list[int]:
     """The batch sizes that are captured: a decode runs in the least that holds it, its other rows being padded.
 
-    Up to 8 each is twice the last one: the weights are read in the same time for all of these. Up to 64 they grow by 8,
-    up to 128 by 16, and by 32 from there on, so that fewer rows than that are padded. A padded row costs its share of
-    the head's product and of the draw, and no attention. `max_batch_size` always has its own.
+    Up to 8 each is twice the last one: the weights are read in the same time for all of these. Up to 64 they grow by 8
+    and by 16 from there on, so that fewer rows than that are padded. A padded row costs its share of the products and
+    of the draw, and no attention. `max_batch_size` always has its own.
     """
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_batch_size, 32)]
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, max_batch_size, 16)]
     return [size for size in sizes if size < max_batch_size] + [max_batch_size]
 
 

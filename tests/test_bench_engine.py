@@ -261,7 +261,7 @@ class TestPolicies:
     REQUESTS = policies.Requests(count=6, prompt=(4, 24), output=(2, 6), running=3)
 
     def test_the_report_has_every_policy_and_both_ways_of_arriving(self, model, capsys):
-        rows = policies.bench(model, VOCAB_SIZE, self.REQUESTS)
+        rows = policies.bench(model, VOCAB_SIZE, self.REQUESTS, 2)
         assert [(row["policy"], row["window"]) for row in rows[:6]] == [
             ("fcfs", "unlimited"),
             ("sjf", "unlimited"),
@@ -279,6 +279,17 @@ class TestPolicies:
         run = policies.drive(engine, drawn, [0.0] * 3 + [0.01] * 3)
         lengths = {output.request_id: len(output.token_ids) for output in run.outputs}
         assert [lengths[request] for request in sorted(lengths)] == [tokens for _, tokens in drawn]
+
+    def test_medians_of_turns(self):
+        turns = [{"tokens/s": rate, "completion s": 1 / rate} for rate in (90.0, 110.0, 100.0)]
+        assert policies.medians("at once", "sjf", 16, turns) == {
+            "arrivals": "at once",
+            "policy": "sjf",
+            "window": 16,
+            "tokens/s": 100.0,
+            "tokens/s ±": "±10.0%",
+            "completion s": 0.01,
+        }
 
     def test_figures_of_a_run(self):
         outputs = [

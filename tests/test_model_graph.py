@@ -80,7 +80,7 @@ def test_every_batch_has_a_bucket_and_the_largest_its_own(largest):
     assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == largest
     for count in range(9, largest + 1):
         size = next(size for size in sizes if size >= count)
-        assert size - count < (8 if size <= 64 else 16 if size <= 128 else 32)
+        assert size - count < (8 if size <= 64 else 16)
 
 
 @pytest.mark.parametrize(
