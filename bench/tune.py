@@ -1,7 +1,8 @@
 """The sweep behind a kernel's launch parameters:   python -m bench.tune [operator ...]
 
-Every candidate is timed on every large case, inside a CUDA graph over inputs that outlast the L2; the tables in
-kernels/ are read off the best. `python -m bench.kernels` checks what they choose, and times it beside other kernels.
+Every candidate is timed on every large case, inside a CUDA graph over inputs that outlast the L2, and so is what the
+table in kernels/ chooses, which is read off the best. The record has the fastest of each case beside it. `python -m
+bench.kernels` checks what the tables choose, and times it beside other kernels.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from microvllm.kernels import (
     rms_norm,
     rotary,
     rotary_store_kv,
+    sampling,
     swiglu,
 )
 from microvllm.kernels.measure import count_sets, default_dtype
@@ -40,7 +42,10 @@ from microvllm.kernels.timing import graph_time
 
 from . import record
 
-Launch = Mapping[str, int]
+Launch = Mapping[str, Any]
+THE_TABLES = "the table's"
+SHOWN = 5
+"""Of the candidates of a case, the fastest, on the terminal and in the record."""
 COMPILERS = 12
 """Processes that compile: Triton takes seconds for some candidates, and one of its processes uses one core."""
 
@@ -64,10 +69,11 @@ class Sweep:
         return [case for case in self.op.large_cases if self.serves(case)]
 
     @contextmanager
-    def choosing(self, launch: Launch) -> Iterator[Callable]:
-        """The kernel, launched so whatever the case."""
+    def choosing(self, launch: Launch | None) -> Iterator[Callable]:
+        """The kernel, launched so whatever the case; None: as the table has it."""
         kept = getattr(self.module, self.chooser)
-        setattr(self.module, self.chooser, lambda *sizes, **limits: dict(launch))
+        if launch is not None:
+            setattr(self.module, self.chooser, lambda *sizes, **limits: dict(launch))
         try:
             yield self.op.choose(self.kernel).function if isinstance(self.kernel, str) else self.kernel
         finally:
@@ -163,6 +169,27 @@ def _short_heads(module: ModuleType) -> Sweep:
     return Sweep(module.OP, "triton", module, "launch_shape", launches, serves)
 
 
+def _draws() -> Sweep:
+    """Around what the table has for Qwen2's vocabulary, where its rows are filtered."""
+    (vocab,) = {case.sizes["vocab"] for case in sampling.OP.large_cases}
+    table = sampling._launch(vocab)
+    launches = tuple(
+        {
+            "both": {"GROUP": group},
+            "summarize": {**table["summarize"], "CHUNK": chunk, "STEP": 256 * warps, "num_warps": warps},
+            "draw": {**table["draw"], "WANTED": wanted, "num_warps": draw_warps},
+        }
+        for group, (chunk, warps), wanted, draw_warps in product(
+            (16, 32), ((2048, 2), (4096, 4), (8192, 8)), (32, 64, 128), (8, 16)
+        )
+    )
+
+    def serves(case: Case) -> bool:
+        return case.sizes["kind"] in ("top_k_top_p", "top_p") and case.sizes["shape"] == "peaked"
+
+    return Sweep(sampling.OP, "triton", sampling, "_launch", launches, serves)
+
+
 SWEEPS: dict[str, tuple[Sweep, ...]] = {
     "paged_attention": (
         _attention(range(2), (256, 32), (256, 64), (384, 32)),
@@ -232,6 +259,7 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
     "add_rms_norm": (_narrow_rows(rms_norm.ADD_OP),),
     "rotary": (_short_heads(rotary),),
     "rotary_store_kv": (_short_heads(rotary_store_kv),),
+    "sample": (_draws(),),
     "swiglu": (Sweep(swiglu.OP, "triton", swiglu, "_launch", grid(BLOCK=(1024, 2048), num_warps=(2, 4, 8))),),
 }
 
@@ -252,8 +280,12 @@ def _compile(name: str, i: int, launch: Launch) -> None:
                 return
 
 
-def _time(sweep: Sweep, case: Case) -> list[tuple[float, Launch]]:
-    """The candidates' times in µs, the fastest first."""
+Time = tuple[float, Launch | None]
+"""µs, or a ratio of them, of a candidate; of what the table chooses with None."""
+
+
+def _time(sweep: Sweep, case: Case) -> list[Time]:
+    """The candidates and the table's choice, the fastest first."""
     device = torch.device("cuda", torch.cuda.current_device())
     cost = sweep.op.cost(**case.sizes, itemsize=2)
     # As many as `bench.kernels` takes: over the fewest that outlast the L2, long products are faster.
@@ -261,7 +293,7 @@ def _time(sweep: Sweep, case: Case) -> list[tuple[float, Launch]]:
     count = count_sets(first, cost, measure_roof(device), device)
     sets = [first, *(_inputs(sweep.op, case, seed) for seed in range(1, count))]
     times = []
-    for launch in sweep.launches:
+    for launch in (None, *sweep.launches):
         with sweep.choosing(launch) as kernel:
             try:
                 calls = [lambda inputs=inputs, kernel=kernel: kernel(**inputs) for inputs in sets]
@@ -271,7 +303,12 @@ def _time(sweep: Sweep, case: Case) -> list[tuple[float, Launch]]:
     return sorted(times, key=lambda entry: entry[0])
 
 
-def overall(timed: list[list[tuple[float, Launch]]]) -> list[tuple[float, Launch]]:
+def shown(times: list[Time]) -> list[Time]:
+    """The fastest, and the table's wherever it stands."""
+    return [entry for i, entry in enumerate(times) if i < SHOWN or entry[1] is None]
+
+
+def overall(timed: list[list[Time]]) -> list[Time]:
     """Each launch that served every case, with its time over the best one's in the geometric mean; the best first."""
     ratios: dict[str, list[float]] = {}
     launches = {}
@@ -283,8 +320,12 @@ def overall(timed: list[list[tuple[float, Launch]]]) -> list[tuple[float, Launch
     return sorted(means, key=lambda entry: entry[0])
 
 
-def in_a_word(launch: Launch) -> str:
-    return " ".join(f"{name}={value}" for name, value in launch.items())
+def in_a_word(launch: Launch | None) -> str:
+    """Constants of several launches stand behind their names: draw: WANTED=64 num_warps=16."""
+    if launch is None:
+        return THE_TABLES
+    parts = launch.items()
+    return " ".join(f"{k}: {in_a_word(v)}" if isinstance(v, Mapping) else f"{k}={v}" for k, v in parts)
 
 
 def main() -> None:
@@ -309,9 +350,11 @@ def main() -> None:
             for case in sweep.cases:
                 times = _time(sweep, case)
                 timed.append(times)
-                print(f"{name} {case}", *(f"  {us:.2f} µs {in_a_word(launch)}" for us, launch in times[:5]), sep="\n")
-                rows += [{"case": str(case), "launch": in_a_word(launch), "µs": us} for us, launch in times]
-            best = (f"  × {ratio:.3f} {in_a_word(launch)}" for ratio, launch in overall(timed)[:5])
+                print(
+                    f"{name} {case}", *(f"  {us:.2f} µs {in_a_word(launch)}" for us, launch in shown(times)), sep="\n"
+                )
+                rows += [{"case": str(case), "launch": in_a_word(launch), "µs": us} for us, launch in shown(times)]
+            best = (f"  × {ratio:.3f} {in_a_word(launch)}" for ratio, launch in shown(overall(timed)))
             print(f"{name}, {len(timed)} cases together", *best, sep="\n", flush=True)
             path = record.save(f"tune-{name}", rows)  # each time: a run that is cut off keeps what it has
         print(path, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from microvllm.bench.tune import SWEEPS, grid, overall
+from microvllm.bench.tune import SWEEPS, THE_TABLES, grid, in_a_word, overall, shown
 from microvllm.kernels.op import Case
 
 SMALL = {
@@ -20,6 +20,7 @@ SMALL = {
     "add_rms_norm": Case(tokens=3, hidden=37),
     "rotary": Case(tokens=3, heads=2, kv_heads=1, head_dim=64),
     "rotary_store_kv": Case(tokens=3, heads=2, kv_heads=1, head_dim=64, block_size=4, padded=1),
+    "sample": Case(rows=2, vocab=9000, kind="top_k_top_p", shape="peaked"),
     "swiglu": Case(tokens=3, intermediate=96),
 }
 
@@ -42,6 +43,21 @@ def test_candidates_are_launches_of_their_kernel(sweep):
 
 def test_a_grid_is_every_combination():
     assert grid(a=(1, 2), b=(3,)) == ({"a": 1, "b": 3}, {"a": 2, "b": 3})
+
+
+def test_the_fastest_are_shown_and_what_the_table_chooses():
+    times = [(float(i), {"x": i}) for i in range(1, 9)]
+    assert shown(times) == times[:5]
+    assert shown([*times[:6], (6.5, None), *times[6:]]) == [*times[:5], (6.5, None)]
+    assert shown([(0.5, None), *times]) == [(0.5, None), *times[:4]]
+    assert in_a_word(None) == THE_TABLES and in_a_word({"a": 1, "b": {"c": 2, "d": 3}}) == "a=1 b: c=2 d=3"
+
+
+def test_what_the_table_chooses_is_launched_as_it_says():
+    sweep = SWEEPS["swiglu"][0]
+    chooser = getattr(sweep.module, sweep.chooser)
+    with sweep.choosing(None):
+        assert getattr(sweep.module, sweep.chooser) is chooser
 
 
 def test_the_best_launch_overall_serves_every_case():
