@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +18,17 @@ from microvllm.kernels.sampling_summary import summarize_kernel
 
 from ..parity import forced_tokens
 
-HALF_B = Path(__file__).parents[2] / "bench" / "shapes" / "qwen2-0.5b"
+SHAPES = Path(__file__).parents[2] / "bench" / "shapes"
+HALF_B = SHAPES / "qwen2-0.5b"
 VOCAB_SIZE = 151936
 OPTIONS = {"load_format": "dummy", "device": "cuda", "progress": False, "max_model_len": 1024, "num_blocks": 200}
 OPTIONS |= {"enable_prefix_caching": False}  # a cached prefix is rounded otherwise
 
 
-def make_engine(**options) -> InferenceEngine:
+def make_engine(model: Path = HALF_B, **options) -> InferenceEngine:
     if "block_size" in options:  # that of flash-attn, which is the default where it is installed, is 256
         options["kernels"] = KernelSet.default("cuda").replace(prefill_attention="triton")
-    return InferenceEngine(HALF_B, **OPTIONS | {"max_batch_size": 40} | options)
+    return InferenceEngine(model, **OPTIONS | {"max_batch_size": 40} | options)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,21 @@ def asked(i: int, **options) -> SamplingParams:
 def test_graphs_have_the_bits_of_the_eager_engine_at_a_buckets_size(graphs, eager, count):
     """Every request runs from the first decode to the last, so that both compute the same batches."""
     texts = [engine_outputs(engine, prompts_of_a_captured_size(count)) for engine in (graphs, eager)]
+    assert texts[0] == texts[1]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> list[InferenceEngine]:
+    """Two layers of Qwen2-7B, whose products are not computed as narrow ones are: with graphs, and eager."""
+    folder = tmp_path_factory.mktemp("wide")
+    config = json.loads((SHAPES / "qwen2-7b" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    return [make_engine(folder, max_batch_size=128, enforce_eager=eager) for eager in (False, True)]
+
+
+@pytest.mark.parametrize("count", [1, 8, 40, 128])
+def test_so_have_those_of_a_wide_model(wide, count):
+    texts = [engine_outputs(engine, prompts_of_a_captured_size(count)) for engine in wide]
     assert texts[0] == texts[1]
 
 
