@@ -35,10 +35,10 @@ class SamplingColumns:
         return cls(temperature, top_k, top_p, min_p, seed, index).used_by(rows)
 
     def used_by(self, rows: Sequence[SamplingRow]) -> SamplingColumns:
-        """These columns for the rows, on a CPU without the filters that none uses, which take it long.
+        """These columns for the rows; on a CPU without the filters that none of them uses.
 
-        A GPU gets all of them, as in a captured step: a kernel is compiled for each set of filters that it is given,
-        and nobody waits for that who has a request running.
+        They cost a CPU a sort. A GPU gets all of them, as in a captured step: each set of filters would be another
+        kernel, and whoever is first to ask for one would have everybody wait until it is compiled.
         """
         params = [row.params for row in rows]
         used = {}
