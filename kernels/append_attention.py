@@ -166,23 +166,37 @@ def make_inputs(
     device: torch.device,
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    """Contexts evenly from `shortest` (default: all alike) to `context`, and `padded` rows more.
-
-    cos and sin are NaN at the positions that no token has, the cache where the new tokens go.
-    """
+    """Contexts evenly from `shortest` (default: all alike) to `context`, and `padded` rows more."""
     contexts = F.pad(torch.linspace(shortest or context, context, batch, device=device).round().int(), (0, padded))
     rows = {"dtype": dtype, "device": device, "generator": generator}
     q, k, v = fused_qkv(batch + padded, heads, kv_heads, head_dim, **rows)
     v *= contexts.sqrt().clamp(min=1).view(-1, 1, 1).to(dtype)  # as in `random_paged_cache`: the newest counts
-    k_cache, v_cache, table = random_paged_cache(contexts, block_size, kv_heads, head_dim, dtype, generator)
+    cache = random_paged_cache(contexts, block_size, kv_heads, head_dim, dtype, generator)
+    return inputs_of(q, k, v, *cache, contexts)
+
+
+def inputs_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    table: torch.Tensor,
+    contexts: torch.Tensor,
+) -> dict[str, Any]:
+    """The arguments of a call: each context's last token is the row's of k and v, a context of 0 makes a padded row.
+
+    cos and sin are NaN at the positions that no token has, and so becomes the cache where the new tokens go.
+    """
+    block_size, head_dim = k_cache.shape[1], q.shape[2]
     positions = (contexts.long() - 1).clamp(min=0)
     blocks = table.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1).long()
     slots = torch.where(contexts > 0, blocks * block_size + positions % block_size, -1)
     for cache in (k_cache, v_cache):
         cache.flatten(0, 1)[slots[slots >= 0]] = torch.nan
 
-    frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angle = torch.full((table.shape[1] * block_size, head_dim // 2), torch.nan, device=device)
+    frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=q.device) / head_dim)
+    angle = torch.full((table.shape[1] * block_size, head_dim // 2), torch.nan, device=q.device)
     angle[positions] = positions.float().unsqueeze(1) * frequency
     return {
         "q": q,

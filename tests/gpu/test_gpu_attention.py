@@ -86,35 +86,14 @@ def decode_inputs(contexts, shared, values, heads, kv_heads, head_dim, block_siz
 
 
 def append_inputs(contexts, shared, values, heads, kv_heads, head_dim, block_size, *, dtype, device, generator):
-    """The last token of each context is not in the cache yet; cos and sin are those of no other position."""
-    k_cache, v_cache, table = scattered_cache(contexts, shared, block_size, kv_heads, head_dim, dtype, generator, own=1)
+    cache = scattered_cache(contexts, shared, block_size, kv_heads, head_dim, dtype, generator, own=1)
     q, k, v = (
         torch.randn(len(contexts), n, head_dim, dtype=dtype, device=device, generator=generator)
         for n in (heads, kv_heads, kv_heads)
     )
-    scaled(values, q, k_cache, v_cache)
+    scaled(values, q, *cache[:2])
     lengths = torch.tensor(contexts, dtype=torch.int32, device=device)
-    positions = (lengths.long() - 1).clamp(min=0)
-    block = table.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1).long()
-    slots = torch.where(lengths > 0, block * block_size + positions % block_size, -1)
-    for cache in (k_cache, v_cache):
-        cache.flatten(0, 1)[slots[slots >= 0]] = torch.nan
-    angle = torch.full((table.shape[1] * block_size, head_dim // 2), torch.nan, device=device)
-    angle[positions] = positions.unsqueeze(1) * 10000.0 ** (-torch.arange(head_dim // 2, device=device) * 2 / head_dim)
-    return {
-        "q": q,
-        "k": k,
-        "v": v,
-        "cos": angle.cos(),
-        "sin": angle.sin(),
-        "positions": positions,
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        "slot_mapping": slots,
-        "block_table": table,
-        "context_lens": lengths,
-        "scale": head_dim**-0.5,
-    }
+    return append_attention.inputs_of(q, k, v, *cache, lengths)
 
 
 def prefill_inputs(chunks, shared, values, heads, kv_heads, head_dim, block_size, *, dtype, device, generator):
