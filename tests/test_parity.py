@@ -32,14 +32,15 @@ def models(tmp_path_factory):
     return Models(tmp_path_factory)
 
 
-@pytest.fixture(scope="module", autouse=True, params=[False, True], ids=["in step", "a step behind"])
-def async_scheduling(request):
-    """Every test here runs with tokens read before the next step is launched, and after."""
+@pytest.fixture(scope="module", params=[False, True], ids=["in step", "a step behind"])
+def both_ways(request):
+    """Tokens are read before the next step is launched, and after."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(OPTIONS, "async_scheduling", request.param)
         yield
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("shape", pairwise_shapes(), ids=str)
 class TestEveryShape:
     def test_one_request(self, models, shape):
@@ -63,11 +64,13 @@ class TestEveryShape:
             assert_like_transformers(model, engine, outputs)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("window", [0, 16])
 def test_aligned_batches(models, window):
     assert_parity(models, Shape(), RAGGED, alignment_window=window)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("victim, prefix_caching", [(0, False), (-1, True)], ids=["oldest", "newest, prefix cached"])
 @pytest.mark.parametrize("shape", ONE_OF_EACH, ids=str)
 def test_a_preemption_at_every_possible_step(models, shape, victim, prefix_caching):
