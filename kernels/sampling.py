@@ -296,7 +296,7 @@ OP = Op(
         Case(rows=12, vocab=3001, kind="mixed", shape="extremes"),
         Case(rows=4, vocab=20, kind="top_k_top_p", shape="flat"),
         Case(rows=6, vocab=1, kind="mixed", shape="flat"),
-        Case(rows=24, vocab=300, kind="top_k", shape="flat"),
+        Case(rows=8, vocab=300, kind="top_k", shape="flat"),
         Case(rows=0, vocab=100, kind="temperature", shape="flat"),
     ),
     large_cases=(
