@@ -122,7 +122,7 @@ def bench(model: Model, vocab_size: int, requests: Requests, rounds: int) -> lis
             for way, run in (("at once", at_once), (f"over {span:.3g} s", over_time)):
                 key = (way, name, "unlimited" if window is None else window)
                 turns.setdefault(key, []).append(row(run))
-                print(table([medians(*key, turns[key][-1:])]), flush=True)
+                print(table([medians(*key, turns[key])]), flush=True)
             del engine  # the next one takes its memory
             gc.collect()
             if torch.cuda.is_available():

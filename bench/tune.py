@@ -43,6 +43,8 @@ from microvllm.kernels.timing import graph_time
 from . import record
 
 Launch = Mapping[str, Any]
+Time = tuple[float, Launch | None]
+"""µs, or a ratio of them, of a candidate; of what the table chooses with None."""
 THE_TABLES = "the table's"
 SHOWN = 5
 """Of the candidates of a case, the fastest, on the terminal and in the record."""
@@ -278,10 +280,6 @@ def _compile(name: str, i: int, launch: Launch) -> None:
                 kernel(**_inputs(sweep.op, case, 0))
             except Exception:
                 return
-
-
-Time = tuple[float, Launch | None]
-"""µs, or a ratio of them, of a candidate; of what the table chooses with None."""
 
 
 def _time(sweep: Sweep, case: Case) -> list[Time]:

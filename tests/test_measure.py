@@ -140,6 +140,13 @@ OP = Op(
 )
 
 
+def test_a_record_has_what_was_checked_before_it_was_timed():
+    checked = replace(row(1, timing(2.5)), error=0.25, allowed=0.5).record()
+    assert (checked["error"], checked["allowed"]) == (0.25, 0.5)
+    refused = row(1, "refused: no").record()
+    assert (refused["error"], refused["allowed"]) == (None, None)
+
+
 class TestClock:
     def test_it_is_read_after_each_round_and_shown(self, monkeypatch):
         read = iter([1980, 1755, 1900, 1980, 1980])
