@@ -75,6 +75,10 @@ class Ours:
     def __init__(self, model: Model, **options: Any):
         self.engine = our_engine(model, **options)
 
+    @property
+    def capture_seconds(self) -> float:
+        return self.engine.runner.capture_seconds
+
     def seconds(self, prompts: list[list[int]], tokens: int, sampling: Mapping[str, float]) -> float:
         start = time.perf_counter()
         outputs = self.engine.generate(prompts, max_tokens=tokens, ignore_eos=True, **sampling)

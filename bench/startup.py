@@ -20,11 +20,16 @@ from .engines import OURS, VLLM, Model, Ours
 
 ALONE = {OURS: Ours, "vllm": lambda model: VLLM(model, share=0.9)}
 STAGES = ("imported", "built", "first token")
+CAPTURING = "capturing"
+"""CUDA graphs, which is a part of what is before "built"; of an engine that tells."""
 PROMPT = list(range(1, 17))
 
 
 def seconds(engine: str, model: Model, caches: Path) -> dict[str, float]:
-    """Seconds from the start of a process to each of STAGES.   caches: the folder of all that is compiled"""
+    """Seconds from the start of a process to each of STAGES, and those of CAPTURING.
+
+    caches: the folder of all that is compiled
+    """
     places = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "VLLM_CACHE_ROOT": "vllm"}
     environment = os.environ | {name: str(caches / folder) for name, folder in places.items()}
     command = [sys.executable, "-m", __name__, engine, json.dumps(asdict(model))]
@@ -32,8 +37,11 @@ def seconds(engine: str, model: Model, caches: Path) -> dict[str, float]:
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout:
-            if line.strip() in STAGES:
-                reached[line.strip()] = time.perf_counter() - start
+            stage, _, taken = line.strip().partition(": ")
+            if stage in STAGES:
+                reached[stage] = time.perf_counter() - start
+            elif stage == CAPTURING:
+                reached[stage] = float(taken)
     if process.returncode or STAGES[-1] not in reached:
         raise RuntimeError(f"{engine} did not start: exit code {process.returncode} after {list(reached)}")
     return reached
@@ -46,7 +54,8 @@ def bench(engines: Iterable[str], model: Model) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             for cache in ("cold", "warm"):
                 times = seconds(engine, model, Path(folder))
-                rows.append({"engine": engine, "compile cache": cache} | {f"{k} s": t for k, t in times.items()})
+                columns = {f"{name} s": times.get(name, "–") for name in (*STAGES, CAPTURING)}
+                rows.append({"engine": engine, "compile cache": cache} | columns)
     return rows
 
 
@@ -54,6 +63,8 @@ def main(engine: str, model: str) -> None:
     print("imported", flush=True)
     loaded = ALONE[engine](Model(**json.loads(model)))
     print("built", flush=True)
+    if hasattr(loaded, "capture_seconds"):
+        print(f"{CAPTURING}: {loaded.capture_seconds}", flush=True)
     loaded.seconds([PROMPT], 1, {})
     print("first token", flush=True)
 

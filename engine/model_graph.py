@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import cache
@@ -91,11 +92,13 @@ class ModelGraphRunner(ModelRunner):
         self._decodes: dict[int, CapturedCall] = {}
         self._prefills: dict[int, CapturedCall] = {}
         self._pool: tuple[int, int] | None = None
+        start = time.perf_counter()
         self._draw_in_float32(min(2, max_batch_size))
         # The largest come first: the others find room in what these have taken from the pool.
         sizes = [(self._decodes, n) for n in self._buckets[::-1]] + [(self._prefills, n) for n in PREFILL_TOKENS[::-1]]
         for graphs, size in tqdm(sizes, desc="Capturing", unit="graph", disable=None if progress else True):
             graphs[size] = self._capture_decode(size) if graphs is self._decodes else self._capture_prefill(size)
+        self.capture_seconds = time.perf_counter() - start
 
     @torch.inference_mode()
     def _draw_in_float32(self, size: int) -> None:

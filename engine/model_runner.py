@@ -75,6 +75,9 @@ class ModelRunner:
     max_batch_size:  sequences of a decode
     """
 
+    capture_seconds = 0.0
+    """What capturing CUDA graphs took, with all that was compiled for them."""
+
     def __init__(self, model: Qwen2, sampler: Sampler, cache: list[LayerCache], max_batch_size: int):
         self.model, self.sampler, self.cache = model, sampler, cache
         self.device = model.embedding.device

@@ -368,7 +368,8 @@ class TestGap:
 class TestStartup:
     def test_a_process_says_how_far_it_is(self, model, tmp_path):
         reached = startup.seconds(OURS, model, tmp_path)
-        assert list(reached) == list(startup.STAGES)
+        assert set(reached) == {*startup.STAGES, startup.CAPTURING}
+        assert reached[startup.CAPTURING] == 0.0  # a CPU has no graphs
         assert 0 < reached["imported"] < reached["built"] < reached["first token"]
 
     def test_a_process_that_fails_is_an_error(self, tmp_path):
@@ -380,13 +381,14 @@ class TestStartup:
 
         def seconds(engine, model, folder):
             caches.append(folder)
-            return dict.fromkeys(startup.STAGES, 1.0)
+            return dict.fromkeys(startup.STAGES, 1.0) | ({startup.CAPTURING: 0.5} if engine == OURS else {})
 
         monkeypatch.setattr(startup, "seconds", seconds)
         rows = startup.bench([OURS, "vllm"], model)
         assert [(row["engine"], row["compile cache"]) for row in rows] == [
             (OURS, "cold"), (OURS, "warm"), ("vllm", "cold"), ("vllm", "warm")
         ]  # fmt: skip
+        assert [row["capturing s"] for row in rows] == [0.5, 0.5, "–", "–"]
         assert caches[0] == caches[1] != caches[2] == caches[3]
 
 
