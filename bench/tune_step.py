@@ -153,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     taken = step_seconds(engine, workload, config.vocab_size, options.place, options.launches)
     found = rows(taken)
     print(record.table(found))
-    print(record.save(f"tune-step-{workload.name}-{options.place.module}", found, of=dict(options.place.sizes)))
+    name = f"tune-step-{model.name}-{workload.name}-{options.place.module}"
+    print(record.save(name, found, of=dict(options.place.sizes)))
 
 
 if __name__ == "__main__":

@@ -97,16 +97,21 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int, h200: bool) -> dict[s
 
     The splits give every multiprocessor something to read: one or two programs with five tiles under way, or several
     with three. Past 16 rows the tiles of x leave room for one with five, and past 64 only a long sum is faster than
-    cuBLAS's. On an H200 that of 128 rows is no faster, and a step of 128 requests is slower with it.
+    cuBLAS's, and one of so few outputs that cuBLAS leaves most of the GPU idle. On an H200 the long one of 128 rows is
+    no faster, and a step of 128 requests is slower with it; few outputs of as many rows it has not tried.
     """
     tiles = triton.cdiv(outputs, 64)
-    if rows > 64 and (inputs < 8192 or 2 * tiles > _MULTIPROCESSORS or (h200 and rows > 112)):
-        return None
 
     def launch(block_in: int, stages: int, splits: int) -> dict[str, int]:
         tile = {"BLOCK_OUT": 64, "BLOCK_IN": block_in, "AHEAD": 2 * block_in, "STAGES": stages, "num_warps": 4}
         return tile | {"SPLITS": max(1, min(splits, inputs // block_in))}
 
+    if rows > 64 and inputs < 8192:
+        if h200 or not 0.7 * _MULTIPROCESSORS <= 7 * tiles <= _MULTIPROCESSORS:
+            return None
+        return launch(64, 5, 5 if inputs <= 1024 else 7)
+    if rows > 64 and (2 * tiles > _MULTIPROCESSORS or (h200 and rows > 112)):
+        return None
     if rows <= 16:
         if tiles >= 2 * _MULTIPROCESSORS:
             return launch(128, 3, 1)
@@ -116,7 +121,9 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int, h200: bool) -> dict[s
             return launch(128, 5, 3)
         return launch(128, 5, 4 if inputs < 8192 else max(2, min(_MULTIPROCESSORS // tiles, 4)))
     if inputs <= 1024:
-        return launch(64, 5, 5) if tiles < _MULTIPROCESSORS else None
+        if tiles < _MULTIPROCESSORS:
+            return launch(64, 5, 5)
+        return None if h200 else launch(64, 5, 1)
     if tiles >= 8 * _MULTIPROCESSORS:
         return launch(128, 3, 1)
     if tiles >= 2 * _MULTIPROCESSORS:

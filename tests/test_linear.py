@@ -22,6 +22,8 @@ CASE = Case(rows=19, outputs=200, inputs=1160, bias=True)
         (35, 4608, 3584),
         (35, 37888, 3584),
         (35, 152064, 3584),
+        (35, 151936, 896),
+        (128, 896, 4864),
     ],
 )
 def test_every_launch_gives_the_same_function(monkeypatch, rows, outputs, inputs):
@@ -42,7 +44,7 @@ def test_every_launch_for_one_row_gives_the_same_function(monkeypatch, outputs, 
 
 
 def test_no_launch_has_more_splits_than_steps():
-    for rows in (2, 16, 17, 35, 64):
+    for rows in (2, 16, 17, 35, 64, 128):
         for outputs in (64, 1152, 3584, 4608, 152064):
             for inputs in (64, 896, 18944):
                 launch = linear._few_rows_launch(rows, outputs, inputs, h200=False)
@@ -54,11 +56,17 @@ def test_every_launch_fits_the_shared_memory_of_a_multiprocessor():
     kib = []
     for rows in (2, 16, 17, 32, 33, 40, 41, 64, 65, 128):
         for outputs in (64, 896, 1152, 3584, 4608, 9728, 10240, 37888, 152064):
-            for inputs in (896, 3584, 18944):
+            for inputs in (896, 3584, 4864, 18944):
                 if launch := linear._few_rows_launch(rows, outputs, inputs, h200=False):
                     tile = (max(16, triton.next_power_of_2(rows)) + launch["BLOCK_OUT"]) * launch["BLOCK_IN"]
                     kib.append(launch["STAGES"] * tile * torch.bfloat16.itemsize / 1024)
     assert 128 < max(kib) <= 227
+
+
+@pytest.mark.parametrize("rows, outputs, inputs", [(35, 151936, 896), (128, 896, 896), (128, 896, 4864)])
+def test_what_an_h200_has_not_tried_it_leaves_to_cublas(rows, outputs, inputs):
+    assert linear._few_rows_launch(rows, outputs, inputs, h200=False)
+    assert linear._few_rows_launch(rows, outputs, inputs, h200=True) is None
 
 
 def test_an_h200_leaves_the_most_rows_to_cublas():

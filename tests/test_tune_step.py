@@ -107,5 +107,5 @@ def test_it_saves_what_it_found(engine, tmp_path, monkeypatch, capsys):
     tune_step.main(["35", "linear._few_rows_launch", "A=1", "--of", "inputs=18944"])
     (path,) = tmp_path.glob("*/*.json")
     saved = json.loads(path.read_text())
-    assert path.name == "tune-step-35-linear.json" and saved["of"] == {"inputs": [18944]}
+    assert path.name == "tune-step-qwen2-7b-35-linear.json" and saved["of"] == {"inputs": [18944]}
     assert [row["launch"] for row in saved["rows"]] == ["A=1", AS_IT_IS]
