@@ -56,7 +56,10 @@ def check_norm_product(name: str, x: torch.Tensor, norm_weight: torch.Tensor, we
 
 
 def _launch(outputs: int, inputs: int) -> dict[str, int]:
-    """As for `linear`, but for two outputs a program at least: the norm is computed once for both."""
+    """As for `linear`, but for two outputs a program at least: the norm is computed once for both.
+
+    `python -m bench.tune norm_linear` sweeps others.
+    """
     if inputs <= 1024:
         return {"BLOCK_OUT": 2, "BLOCK_IN": 1024, "UNROLL": 1, "num_warps": 4}
     return {"BLOCK_OUT": 2, "BLOCK_IN": 256, "UNROLL": 2, "num_warps": 1}

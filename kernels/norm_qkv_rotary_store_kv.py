@@ -139,7 +139,10 @@ def _kernel(
 
 
 def _launch(pairs: int, inputs: int) -> dict[str, int]:
-    """As for `norm_linear`; BLOCK_OUT counts the pairs."""
+    """As for `norm_linear`; BLOCK_OUT counts the pairs.
+
+    `python -m bench.tune norm_qkv_rotary_store_kv` sweeps others.
+    """
     if inputs <= 1024:
         return {"BLOCK_OUT": 2, "BLOCK_IN": 1024, "UNROLL": 1, "num_warps": 2}
     return {"BLOCK_OUT": 1, "BLOCK_IN": 256, "UNROLL": 2, "num_warps": 1}

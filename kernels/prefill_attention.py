@@ -184,7 +184,10 @@ def _prefill_attention_kernel(
 
 
 def _launch(head_dim: int, itemsize: int, block_size: int, max_query_len: int, shared_memory: int) -> dict[str, int]:
-    """Queries and tokens a tile, loads in flight and warps, for a GPU with that many bytes of shared memory a block."""
+    """Queries and tokens a tile, loads in flight and warps, for a GPU with that many bytes of shared memory a block.
+
+    `python -m bench.tune prefill_attention` sweeps others.
+    """
     if itemsize == 4:  # products without tensor cores, whose operands are held in registers
         return {"BLOCK_M": 32 if head_dim <= 128 else 16, "BLOCK_N": 16, "STAGES": 2, "num_warps": 8}
     roomy = shared_memory >= 227 << 10

@@ -104,13 +104,16 @@ MAX_HIDDEN = 16384
 
 
 def _launch(rows: int, hidden: int, adds: bool) -> dict[str, int]:
-    """BLOCK_ROWS, BLOCK_HIDDEN and num_warps for that many rows of `hidden` elements; adds: with a residual each."""
+    """BLOCK_ROWS, BLOCK_HIDDEN and num_warps for that many rows of `hidden` elements; adds: with a residual each.
+
+    `python -m bench.tune rms_norm add_rms_norm` sweeps others.
+    """
     block = triton.next_power_of_2(hidden)
     # As many as are on the GPU at once with one 16-byte load a thread are done soonest that way. With more, several
     # loads a thread keep more under way, and a warp that has a row to itself needs no barrier.
     few = rows * block <= 2**20
     if block == 1024 and not few:
-        # 4096 rows of 896: several a program, as `python -m bench.tune rms_norm add_rms_norm` compares them.
+        # 4096 rows of 896: several a program.
         block_rows, num_warps = (4, 2) if adds else (2, 4)
     elif block >= 1024:
         block_rows, num_warps = 1, min(16, block // (256 if few else 1024))

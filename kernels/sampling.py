@@ -99,7 +99,7 @@ def _launch(vocab: int) -> dict[str, dict[str, int]]:
     A list of up to RANKED tokens is ranked by comparing each with each, so one twice as long takes four times as long.
     WANTED is meant to hold the nucleus of a peaked distribution; where it does not, four times as many are listed. A
     group is one load of 8 tokens or more. With fewer than 3000 groups those with the best thousand tokens could be all
-    of them; 8192 fit a program's registers.
+    of them; 8192 fit a program's registers. `python -m bench.tune sample` sweeps others, over peaked distributions.
     """
     padded = triton.next_power_of_2(vocab)
     chunk = max(512, padded // 64)
