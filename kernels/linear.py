@@ -97,10 +97,10 @@ def _few_rows_launch(rows: int, outputs: int, inputs: int, h200: bool) -> dict[s
 
     The splits give every multiprocessor something to read: one or two programs with five tiles under way, or several
     with three. Past 16 rows the tiles of x leave room for one with five, and past 64 only a long sum is faster than
-    cuBLAS's, and one of so few outputs that cuBLAS leaves most of the GPU idle. On an H200 the long one of 128 rows is
-    no faster, and a step of 128 requests is slower with it; few outputs of as many rows it has not tried. On an H100
-    these make a step of 128 requests of Qwen2-0.5B 1.23 ms, with cuBLAS 1.29, though o's product by itself takes 4.65
-    µs, by cuBLAS 4.54: what comes behind it, the sum, the residual and the norm, is one launch then.
+    cuBLAS's, and one of few outputs. On an H200 the long one of 128 rows is no faster, and a step of 128 requests is
+    slower with it; few outputs of as many rows it has not tried. On an H100 these make a step of 128 requests of
+    Qwen2-0.5B 1.23 ms, with cuBLAS 1.29. By itself o's product takes 4.65 µs, by cuBLAS 4.54, for the sum of the splits
+    is a launch of its own; with the residual and the norm behind it, as in a layer, there is one in any case.
     """
     tiles = triton.cdiv(outputs, 64)
 

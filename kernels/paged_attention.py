@@ -68,8 +68,9 @@ def _launch(items: int, bytes_per_head: int, appends: bool) -> dict[str, int]:
 
     Chosen for Qwen2-7B in bfloat16 on an H200, whose keys have 256 bytes, from what `python -m bench.tune
     paged_attention` measures: about two chunks a multiprocessor, and whole contexts where there are as many of them. Up
-    to 64 items on an H100. There whole contexts would be 11 % faster for 35 sequences of 512 tokens, and 12 % slower
-    than the best for 35 of 128 to 8127; a step of 35 requests takes 5.77 ms cut or whole (`python -m bench.tune_step`).
+    to 64 items on an H100. There whole contexts in one launch are 11 % faster for 35 sequences of 512 tokens, and 12 %
+    slower than the best for 35 of 128 to 8127. Chunks of 1024 tokens at least, which leave the second launch nothing to
+    do, make a step of 35 requests the same 5.77 ms (`python -m bench.tune_step`).
     """
     if items <= 64:
         launch = {"chunks": 64 * min(items, 4), "MIN_CHUNK": 32, "TILE": 32, "STAGES": 3, "WARPS": 2}
